@@ -1,0 +1,220 @@
+"""MoCo v3 pre-training.
+
+One process (GPU or CPU), scikit-learn's digits:
+    python main_moco.py @recipes/digits.txt
+8 GPUs:
+    torchrun --nproc_per_node=8 main_moco.py @recipes/vit_small_300.txt /data/imagenet
+Two nodes, the same line on both (HOST is the first of them):
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        main_moco.py @recipes/vit_base_300.txt /data/imagenet
+"""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from moco import UserError, checkpoint, cli, data, distributed
+from moco.augment import augment
+from moco.builder import MoCo
+from moco.evaluation import KNN
+from moco.log import Log, draw_views, versions
+from moco.optimizer import cosine_momentum, create_optimizer, set_lr, warmup_cosine
+from vits import create_backbone
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description=__doc__, parents=[cli.shared_flags()])
+    add = parser.add_argument
+    add("--optimizer", choices=("lars", "adamw"), default="lars")
+    add("--moco-dim", type=cli.positive, default=256, help="of queries and keys")
+    add("--moco-mlp-dim", type=cli.positive, default=4096, help="hidden width of the heads")
+    add("--moco-m", type=cli.share, default=0.99, help="momentum of the momentum encoder")
+    add("--moco-m-cos", action="store_true", help="momentum rises to 1 by half a cosine")
+    add("--moco-t", type=cli.positive_float, default=1.0, help="temperature")
+    add("--stop-grad-conv1", action="store_true", help="keep a ViT's patch projection random")
+    add("--crop-min", type=cli.share, default=0.08, help="smallest crop, share of the area")
+    add("--init-from", metavar="PATH", help="start from the weights of a checkpoint")
+    add("--save-every", type=cli.count, default=0, metavar="EPOCHS", help="keep these checkpoints "
+        "beside the last one")  # fmt: skip
+    add("--knn-every", type=cli.count, default=10, metavar="EPOCHS", help="0: never")
+    add("--knn-bank", type=cli.positive, default=50_000, metavar="IMAGES", help="to search in")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    device, amp = distributed.set_up(args.device, args.amp)
+    autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
+    folder = Path(args.output_dir or f"runs/{args.arch}")
+    previous = find_previous(args, folder)
+
+    size = tuple(args.img_size * 2)[:2]  # one side: a square
+    dataset = data.load_data(args.data, args.data_root)
+    batches = data.EpochBatches(len(dataset.train), args.batch_size, args.seed)
+    crops = data.TwoCrops(dataset.train, size, args.crop_min, args.seed)
+    loader = data.create_loader(crops, batches, args.workers, device, persistent=True)
+
+    torch.manual_seed(args.seed)  # the same weights on every rank
+    backbone = create_backbone(args.arch, size, args.patch_size, args.stop_grad_conv1)
+    backbone = distributed.synchronize_batchnorm(backbone, device)
+    model = MoCo(backbone, args.moco_dim, args.moco_mlp_dim, args.moco_t).to(device)
+    optimizer = create_optimizer(args.optimizer, model, args.lr, args.wd)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    epoch = 0
+    if previous:
+        epoch = resume(previous, args, model, optimizer, scaler)
+    elif args.init_from:
+        checkpoint.load_model(model, checkpoint.load(args.init_from), args.init_from)
+    ddp = distributed.parallel(model, device)
+
+    knn = None
+    if args.knn_every and dataset.val:
+        knn = KNN(dataset, size, args.knn_bank, args.batch_size, args.workers, device)
+    if distributed.rank() == 0:
+        describe(args, folder, dataset, batches, model, device, amp)
+        draw_views(folder, *first_views(crops, device))
+    log = Log(
+        folder,
+        steps=args.epochs * len(batches),
+        epoch_steps=len(batches),
+        step=epoch * len(batches),
+        batch_size=args.batch_size,
+        chance=4 * args.moco_t * math.log(args.batch_size),
+        print_freq=args.print_freq,
+        tensorboard=args.tensorboard,
+    )
+    if knn and epoch == 0:
+        log.row(0, knn=knn(model.base_encoder, autocast))
+        log.say(f"kNN {log.knn:.1f} % before training, k {knn.k}, bank {len(knn.chosen):,}")
+
+    while epoch < args.epochs:
+        batches.epoch = epoch
+        train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, epoch, args, log)
+        epoch += 1
+        measure = knn and (epoch % args.knn_every == 0 or epoch == args.epochs)
+        if measure:
+            log.row(epoch * len(batches), knn=knn(model.base_encoder, autocast))
+        if distributed.rank() == 0:
+            keep = args.save_every and epoch % args.save_every == 0
+            state = training_state(args, epoch, len(batches), model, optimizer, scaler)
+            checkpoint.save(folder, state, f"checkpoint_{epoch:04}.pth" if keep else None)
+        log.epoch(epoch, args.epochs, measure)
+    log.close()
+
+
+def train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, epoch, args, log):
+    """One pass over the data; `ddp` is `model`, or the model wrapped for several processes."""
+    ddp.train()
+    device = next(model.parameters()).device
+    peak_lr = args.lr * args.batch_size / 256
+    for i, (crops, rows) in enumerate(log.timed(loader)):
+        t = epoch + i / len(loader)  # in epochs
+        lr = warmup_cosine(t, args.epochs, args.warmup_epochs, peak_lr)
+        m = cosine_momentum(t, args.epochs, args.moco_m) if args.moco_m_cos else args.moco_m
+        set_lr(optimizer, lr)
+
+        crops = crops.to(device, non_blocking=True)  # uint8 [2, N, 3, H, W]
+        x1, x2 = augment(crops.flatten(0, 1), rows.flatten(0, 1)).chunk(2)
+        with autocast():
+            loss, monitors = ddp(x1, x2)
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        model.update_momentum_encoder(m)
+        log.step(epoch * len(loader) + i + 1, lr, m, loss=loss, **monitors)
+
+
+def find_previous(args, folder):
+    """The checkpoint to continue → (its path, its content), or None. UserError if in doubt."""
+    last = folder / checkpoint.LAST
+    if args.resume == "auto":
+        return (last, checkpoint.load(last)) if last.exists() else None
+    if args.resume:
+        return args.resume, checkpoint.load(args.resume)
+    if last.exists():
+        raise UserError(
+            f"{folder} holds a run: --resume auto continues it, --output-dir starts another"
+        )
+    return None
+
+
+# What may differ when a run continues; anything else would change its mathematics.
+MAY_CHANGE = set(
+    "data data_root workers amp device output_dir resume init_from print_freq tensorboard "
+    "save_every knn_every knn_bank".split()
+)
+
+
+def resume(previous, args, model, optimizer, scaler):
+    """Puts a training checkpoint's content in place → the epochs it has behind it."""
+    path, state = previous
+    if "args" not in state:
+        raise UserError(f"{path} has weights but no arguments to continue with: use --init-from")
+    changed = [
+        f"--{name.replace('_', '-')} {state['args'].get(name)} → {value}"
+        for name, value in vars(args).items()
+        if name not in MAY_CHANGE and value != state["args"].get(name)
+    ]
+    if changed:
+        raise UserError(f"{path} was trained with other arguments: {', '.join(changed)}")
+    checkpoint.load_model(model, state, path)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["epoch"]
+
+
+def training_state(args, epoch, epoch_steps, model, optimizer, scaler):
+    """The published layout, and beside it what an exact continuation needs; plain types alone."""
+    return dict(
+        epoch=epoch,
+        iteration=epoch * epoch_steps,
+        arch=args.arch,
+        num_heads=checkpoint.num_heads(model),
+        state_dict=checkpoint.model_state(model),
+        optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict(),
+        args=vars(args),
+        versions=versions(),
+    )
+
+
+def first_views(crops, device, most=10):
+    """The first images of the data set as the first epoch shows them → x1, x2, [n, 3, H, W]."""
+    batch = crops.__getitems__([(0, i) for i in range(min(most, len(crops)))])
+    images, rows = next(data.checked([batch]))
+    return augment(images.flatten(0, 1).to(device), rows.flatten(0, 1)).chunk(2)
+
+
+def describe(args, folder, dataset, batches, model, device, amp):
+    """Prints what is about to run, once, and keeps it in args.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = versions()
+    setting = dict(world=distributed.world(), device=str(device), amp=str(amp), versions=found)
+    text = json.dumps(dict(args=vars(args), **setting), indent=2)
+    (folder / "args.json").write_text(text + "\n")
+
+    parameters = sum(p.numel() for p in model.parameters())
+    labels = f"{len(dataset.val):,} to validate" if dataset.val else dataset.note
+    print(
+        f"model   {args.arch}, {parameters:,} parameters with both encoders and predictor\n"
+        f"data    {args.data}: {len(dataset.train):,} images to train on, {labels}\n"
+        f"batch   {args.batch_size} in {distributed.world()} process(es), {len(batches)} steps an "
+        f"epoch, {batches.left_out} images left out of each\n"
+        f"rate    {args.lr:g} · {args.batch_size}/256 = {args.lr * args.batch_size / 256:g}\n"
+        f"device  {device}, {'full precision' if amp is None else amp}\n"
+        f"with    {', '.join(f'{name} {version}' for name, version in found.items())}\n"
+        f"folder  {folder}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args)

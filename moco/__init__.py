@@ -1,0 +1,13 @@
+"""MoCo v3 (Chen, Xie, He, 2021, arXiv 2104.02057): the parts that the scripts share."""
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, no traceback, exit code `code`.
+
+    code 2: refused before training; code 1: stopped in it. `everywhere`: the cause lies on one
+    rank (a broken file, say), so that rank prints it; otherwise rank 0 speaks for all.
+    """
+
+    def __init__(self, message, code=2, everywhere=False):
+        super().__init__(message)
+        self.code, self.everywhere = code, everywhere

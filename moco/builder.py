@@ -1,0 +1,117 @@
+"""MoCo v3: two encoders, the heads, the contrastive loss, the momentum update (Algorithm 1)."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moco.distributed import ViewBatchNorm, gather, rank
+
+
+class MoCo(nn.Module):
+    """base_encoder = backbone + projector, momentum_encoder = its moving average, predictor.
+
+    `backbone` comes without a classifier; the projector takes the classifier's place (`fc` in a
+    ResNet, `head` in a ViT), so that the keys of the state_dict are the published ones.
+    """
+
+    def __init__(self, backbone, dim=256, mlp_dim=4096, T=1.0):
+        super().__init__()
+        self.T = T
+        # BatchNorm must see one view at a time; without it both go through in one batch.
+        batchnorm = nn.modules.batchnorm._BatchNorm
+        self.one_pass = not any(isinstance(m, batchnorm) for m in backbone.modules())
+
+        d = backbone.num_features
+        if hasattr(backbone, "fc"):  # two layers, and no BN after the predictor
+            backbone.fc = mlp([d, mlp_dim, dim])
+            self.predictor = mlp([dim, mlp_dim, dim], last_bn=False)
+        else:
+            backbone.head = mlp([d, mlp_dim, mlp_dim, dim])
+            self.predictor = mlp([dim, mlp_dim, dim])
+        self.base_encoder = backbone
+        self.momentum_encoder = copy.deepcopy(backbone).requires_grad_(False)  # f_k = f_q at first
+
+    def forward(self, x1, x2):
+        """x1, x2: [N, 3, H, W] → loss, {"top1", "spread"}; scalars on the device.
+
+        Algorithm 1 up to the loss, the two terms as one batch of views; changes no weight. The loss
+        is this rank's mean over its 2N queries, against the keys of all ranks.
+        """
+        h = self.encode(self.base_encoder, x1, x2)  # [2, N, d]
+        q1, q2 = self.predictor(projector(self.base_encoder)(h))  # [N, C] each
+        with torch.no_grad():
+            k = projector(self.momentum_encoder)(self.encode(self.momentum_encoder, x1, x2))
+            k1, k2 = gather(normalize(k)).transpose(0, 1).flatten(1, 2)  # [world·N, C] each
+
+        loss1, top1 = contrastive_loss(q1, k2, self.T)
+        loss2, top2 = contrastive_loss(q2, k1, self.T)
+        return loss1 + loss2, {"top1": (top1 + top2) / 2, "spread": spread(h.detach())}
+
+    def encode(self, encoder, x1, x2):
+        """Backbone features of both views: [N, 3, H, W] twice → [2, N, d]."""
+        if self.one_pass:
+            return features(encoder, torch.cat([x1, x2])).view(2, len(x1), -1)
+        return torch.stack([features(encoder, x1), features(encoder, x2)])
+
+    @torch.no_grad()
+    def update_momentum_encoder(self, m):
+        """f_k ← m·f_k + (1−m)·f_q, after the optimizer's step; in place, one fused call."""
+        torch._foreach_lerp_(
+            list(self.momentum_encoder.parameters()), list(self.base_encoder.parameters()), 1 - m
+        )
+
+
+def contrastive_loss(q, k, T):
+    """InfoNCE: q [N, C], all ranks' normalised k [world·N, C] → 2T·loss, top-1; Sec. 3, Eq. (1).
+
+    Row i of q belongs to row rank·N + i of k. Logits and loss are in fp32 whatever autocast says.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        logits = normalize(q) @ k.T / T  # [N, world·N]
+        labels = torch.arange(len(q), device=q.device) + rank() * len(q)
+        top1 = (logits.detach().argmax(1) == labels).float().mean()
+        return 2 * T * F.cross_entropy(logits, labels), top1
+
+
+def mlp(dims, last_bn=True):
+    """Linear layers without bias: BN, ReLU between them, BN without affine at the end; Sec. 4.4."""
+    layers = []
+    for i, (before, after) in enumerate(zip(dims, dims[1:])):
+        layers.append(nn.Linear(before, after, bias=False))
+        if i < len(dims) - 2:
+            layers += [ViewBatchNorm(after), nn.ReLU(inplace=True)]
+        elif last_bn:
+            layers.append(ViewBatchNorm(after, affine=False))
+    return nn.Sequential(*layers)
+
+
+def projector(encoder):
+    """What stands where the classifier stood."""
+    return encoder.fc if hasattr(encoder, "fc") else encoder.head
+
+
+def features(encoder, x):
+    """The backbone's output before the projector, which is what to use downstream: [N, d].
+
+    A ViT's class token after the last LayerNorm, a ResNet's pooled last stage.
+    """
+    if hasattr(encoder, "forward_features"):  # timm
+        return encoder.forward_head(encoder.forward_features(x), pre_logits=True)
+    for name, layer in encoder.named_children():  # torchvision's ResNet, in the order of its layers
+        if name != "fc":
+            x = layer(x)
+    return x.flatten(1)
+
+
+def normalize(x):
+    return F.normalize(x.float(), dim=-1)
+
+
+def spread(h):
+    """Mean standard deviation of normalised features, times √d: near 0 when they collapse.
+
+    h: [2, N, d] → scalar; 1 if features fill the sphere evenly. (SimSiam, Sec. 4.1)
+    """
+    return normalize(h).std(dim=1).mean() * h.shape[-1] ** 0.5

@@ -1,0 +1,98 @@
+"""Command lines: recipes as flag files, the flags that the scripts share, errors in one line."""
+
+import argparse
+import os
+import shlex
+import sys
+
+import torch
+
+from moco import UserError
+from moco.data import NAMES
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with `@recipes/NAME.txt`: flags as on the command line, # comments; later wins."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,
+        )
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def shared_flags():
+    """Flags of all scripts, as a parent for their parsers."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("data", metavar="DIR", help=f"folder of images, or one of: {' '.join(NAMES)}")
+    add("-a", "--arch", default="resnet50", help="vits.py lists them")
+    add("--img-size", type=side, nargs="+", default=[224], metavar="PIXELS", help="side, or height "
+        "and width")  # fmt: skip
+    add("--patch-size", type=positive, help="of a ViT (default: its own)")
+    add("-j", "--workers", type=count, default=min(8, os.cpu_count()), help="loaders per process")
+    add("--epochs", type=count, default=100)
+    add("-b", "--batch-size", type=positive, default=4096, help="of all processes together")
+    add("--lr", type=nonnegative, default=0.6, help="base rate; used: lr · batch/256")
+    add("--wd", "--weight-decay", type=nonnegative, default=1e-6)
+    add("--warmup-epochs", type=nonnegative, default=10)
+    add("--clip-grad", type=positive_float, help="largest norm of the gradient")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where "
+        "the hardware computes in it")  # fmt: skip
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--seed", type=count, default=0, help="of weights, order and augmentation")
+    add("--data-root", default="data", help="where named sets are downloaded to")
+    add("--output-dir", help="default: runs/ and the name of the first recipe, or of the arch")
+    add("--resume", metavar="PATH", help="checkpoint to continue, or auto: the one in "
+        "--output-dir, if there is one")  # fmt: skip
+    add("-p", "--print-freq", type=positive, default=10, metavar="STEPS", help="steps between log "
+        "lines")  # fmt: skip
+    add("--tensorboard", action="store_true", help="log to TensorBoard too, in --output-dir")
+    return parser
+
+
+def _number(kind, good, what):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not good(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+positive = _number(int, lambda v: v > 0, "a whole number above 0")
+count = _number(int, lambda v: v >= 0, "a whole number, 0 or more")
+nonnegative = _number(float, lambda v: 0 <= v < float("inf"), "a number, 0 or more")
+positive_float = _number(float, lambda v: 0 < v < float("inf"), "a number above 0")
+share = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+side = _number(int, lambda v: v > 0, "a side in pixels (DIR goes before --img-size)")
+
+
+def run(main, parse_args):
+    """The script: parses, calls main(args), turns a UserError into one line and its exit code."""
+    script = os.path.basename(sys.argv[0])
+    try:
+        main(parse_args())
+        code = 0
+    except UserError as error:
+        if error.everywhere or os.environ.get("RANK", "0") == "0":
+            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+        code = error.code
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; --resume auto continues", file=sys.stderr)
+        code = 130
+    if torch.distributed.is_initialized() and not code:
+        torch.distributed.destroy_process_group()
+    sys.exit(code)

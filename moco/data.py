@@ -1,0 +1,310 @@
+"""Images in, batches of two crops out: data sets, sampler, crops; all on the CPU, all uint8.
+
+The crop and the augmentation of image i in epoch e under seed s are a pure function of (s, e, i):
+the sampler hands out (epoch, index) pairs, so neither workers, nor ranks, nor a restart matter.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Sampler
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms.v2 import functional as tv
+
+from moco import UserError, augment, distributed
+
+NAMES = ("digits", "cifar10", "cifar100", "stl10")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class Data(NamedTuple):
+    """What a name or a folder holds. bank and val, both labelled, are for the kNN; or None."""
+
+    train: object
+    bank: object
+    val: object
+    classes: int
+    note: str = ""
+
+
+class Arrays:
+    """Images in memory: uint8 [n, 3, H, W], labels [n] or None."""
+
+    def __init__(self, images, labels=None):
+        self.images = torch.as_tensor(images)
+        self.labels = None if labels is None else torch.as_tensor(labels).long()
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, i):
+        return self.images[i]
+
+
+class Files:
+    """Image files, decoded when read: paths below `root`, labels [n] or None."""
+
+    def __init__(self, root, paths, labels=None):
+        self.root = str(root)
+        # One array of bytes: a million str objects would be copied, page by page, into each
+        # forked worker as their reference counts change.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = None if labels is None else torch.as_tensor(labels)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def read(self, i):
+        return decode(os.path.join(self.root, os.fsdecode(self.paths[i])))
+
+
+def decode(path):
+    """An image file → uint8 [3, H, W], RGB, upright. UserError if it can't be read."""
+    try:
+        if path.lower().endswith((".jpg", ".jpeg")):
+            try:  # three times as fast as PIL
+                data = read_file(path)
+                return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
+            except RuntimeError:
+                pass  # PIL reads some that it doesn't, and says better what is wrong
+        with Image.open(path) as image:
+            return tv.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # PIL raises nearly anything on a broken file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"unreadable image {path}: {reason}", code=1, everywhere=True) from None
+
+
+def load_data(where, data_root="data"):
+    """A name of NAMES, or a folder → Data.
+
+    A folder with train/ and val/ holds classes; any other is taken as images without labels, at any
+    depth. UserError for what is missing, empty, or can't be downloaded.
+    """
+    if where in NAMES:
+        if where == "digits":
+            return _digits()
+        # Rank 0 downloads; the others find the files in place.
+        if distributed.rank():
+            distributed.barrier()
+        data = _torchvision(where, data_root)
+        if not distributed.rank():
+            distributed.barrier()
+        return data
+
+    root = Path(where)
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.exists() else "does not exist"
+        raise UserError(f"{where} {what}: give a folder of images or one of: {' '.join(NAMES)}")
+    if not (root / "train").is_dir():
+        note = "no train/ below it: all images, without labels; kNN is off"
+        return Data(Files(root, _list(root)), None, None, 0, note)
+
+    train, classes = _class_folder(root / "train")
+    if not classes:
+        return Data(train, None, None, 0, "train/ has no class folders; kNN is off")
+    if not (root / "val").is_dir():
+        return Data(train, None, None, len(classes), "no val/ beside train/; kNN is off")
+    val, val_classes = _class_folder(root / "val")
+    if strange := sorted(set(val_classes) - set(classes)):
+        raise UserError(f"{root}/val has classes that train/ lacks: {' '.join(strange[:5])}")
+    renumber = torch.tensor([classes.index(name) for name in val_classes])
+    val.labels = renumber[val.labels]
+    return Data(train, train, val, len(classes))
+
+
+def _class_folder(root):
+    """root/CLASS/…/image → Files with labels, class names; no class folders: no labels, []."""
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if not classes:
+        return Files(root, _list(root)), []
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = _list(root / name)
+        paths += [os.path.join(name, path) for path in found]
+        labels += [label] * len(found)
+    return Files(root, paths, labels), classes
+
+
+def _list(root):
+    """Paths of all images at any depth, relative to root, sorted. UserError if there are none."""
+    found, folders = [], [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                path = os.path.join(folder, entry.name)
+                if entry.is_dir():
+                    folders.append(path)
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    found.append(path)
+    if not found:
+        raise UserError(f"{root} holds no images (looked for {' '.join(EXTENSIONS)})")
+    return sorted(found)
+
+
+def _digits():
+    """scikit-learn's 1,797 handwritten digits, enlarged from 8×8 to 16×16; every fifth is val."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images / 16 * 255).round().to(torch.uint8).view(-1, 1, 8, 8)
+    images = tv.resize(images, [16, 16], antialias=True).expand(-1, 3, -1, -1).contiguous()
+    val = torch.arange(len(images)) % 5 == 0
+    labels = torch.tensor(labels)
+    train = Arrays(images[~val], labels[~val])
+    return Data(train, train, Arrays(images[val], labels[val]), 10)
+
+
+def _torchvision(name, data_root):
+    def arrays(dataset):
+        images = np.asarray(dataset.data)  # CIFAR: [n, H, W, 3], STL: [n, 3, H, W]
+        images = images if images.shape[1] == 3 else images.transpose(0, 3, 1, 2)
+        labels = getattr(dataset, "targets", None)
+        return Arrays(np.ascontiguousarray(images), dataset.labels if labels is None else labels)
+
+    datasets = torchvision.datasets
+    try:
+        if name == "stl10":
+            split = {
+                split: arrays(datasets.STL10(data_root, split, download=True))
+                for split in ("train+unlabeled", "train", "test")
+            }
+            return Data(split["train+unlabeled"], split["train"], split["test"], 10)
+        dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        train, val = (arrays(dataset(data_root, train, download=True)) for train in (True, False))
+        return Data(train, train, val, int(train.labels.max()) + 1)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"no {name} under --data-root {data_root}, and no download: {reason}"
+        ) from None
+
+
+class EpochBatches(Sampler):
+    """Batches of (epoch, index) for this rank: shuffled by (seed, epoch), without repetition.
+
+    The global batch is cut into `world` pieces in rank order, so the ranks' batches together are
+    the same for any number of ranks. What doesn't fill a batch sits this epoch out (`left_out`).
+    """
+
+    def __init__(self, images, batch_size, seed):
+        if batch_size % distributed.world():
+            raise UserError(
+                f"--batch-size {batch_size} (of all processes together) does not divide by "
+                f"{distributed.world()} processes"
+            )
+        if images < batch_size:
+            raise UserError(f"{images} images don't fill one --batch-size {batch_size}: lower it")
+        self.images, self.batch_size, self.seed, self.epoch = images, batch_size, seed, 0
+        self.left_out = images % batch_size
+
+    def __len__(self):
+        return self.images // self.batch_size
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.images)
+        batches = order[: len(self) * self.batch_size].reshape(len(self), distributed.world(), -1)
+        for batch in batches[:, distributed.rank()]:
+            yield [(self.epoch, int(index)) for index in batch]
+
+
+class TwoCrops:
+    """A batch of (epoch, index) → crops uint8 [2, N, 3, H, W], parameters float32 [2, N, COLUMNS].
+
+    size: (H, W) in pixels; crop_min: the smallest share of the area that a crop keeps. Returns a
+    UserError in place of the batch: raised here, it would reach the user inside two tracebacks.
+    """
+
+    def __init__(self, source, size, crop_min, seed):
+        self.source, self.size, self.crop_min, self.seed = source, size, crop_min, seed
+
+    def __getitems__(self, keys):
+        crops = torch.empty(2, len(keys), 3, *self.size, dtype=torch.uint8)
+        rows = np.empty((2, len(keys), augment.COLUMNS), np.float32)
+        for n, (epoch, index) in enumerate(keys):
+            rng = np.random.default_rng((self.seed, epoch, index))
+            try:
+                image = self.source.read(index)
+            except UserError as error:
+                return error
+            for view in range(2):
+                box = crop_box(rng, *image.shape[1:], self.crop_min)
+                crops[view, n] = resized_crop(image, box, self.size)
+                rows[view, n] = augment.draw(rng, view)
+        return crops, torch.from_numpy(rows)
+
+    def __len__(self):
+        return len(self.source)
+
+
+def crop_box(rng, height, width, crop_min):
+    """RandomResizedCrop's box: area U(crop_min, 1), ratio 3/4 … 4/3 → top, left, height, width."""
+    for _ in range(10):
+        area = height * width * rng.uniform(crop_min, 1)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    # An image too long for it: the largest centre box of an allowed ratio.
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resized_crop(image, box, size):
+    top, left, height, width = box
+    return tv.resize(image[:, top : top + height, left : left + width], size, antialias=True)
+
+
+class CentreCrop:
+    """A batch of indices → uint8 [N, 3, H, W], without augmentation.
+
+    As in the linear protocol, resized to 256/224 of `size` and cut; an image of `size` stays as is.
+    """
+
+    def __init__(self, source, size):
+        self.source, self.size = source, size
+
+    def __getitems__(self, indices):
+        try:
+            return torch.stack([self._view(self.source.read(i)) for i in indices])
+        except UserError as error:
+            return error
+
+    def _view(self, image):
+        if image.shape[1:] == self.size:
+            return image
+        scale = max(s * 256 / 224 / side for s, side in zip(self.size, image.shape[1:]))
+        resized = [round(side * scale) for side in image.shape[1:]]
+        return tv.center_crop(tv.resize(image, resized, antialias=True), self.size)
+
+    def __len__(self):
+        return len(self.source)
+
+
+def create_loader(dataset, batches, workers, device, persistent=False):
+    """DataLoader over a dataset that makes its own batches."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=device.type == "cuda",
+        persistent_workers=persistent and workers > 0,
+    )
+
+
+def _as_is(batch):
+    return batch
+
+
+def checked(batches):
+    """Yields them; a UserError that a worker sent in place of one is raised."""
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

@@ -1,0 +1,178 @@
+"""Processes and devices: torchrun's set-up, collectives, BatchNorm over all ranks, AMP's choice."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from timm.layers import set_fused_attn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moco import UserError
+
+
+def set_up(device="auto", amp="auto"):
+    """Joins torchrun's processes, if any → this one's torch.device, autocast dtype or None.
+
+    CUDA talks through NCCL, the CPU through gloo; without torchrun there is one process, no group.
+    `amp` auto: bf16 where the hardware computes in it, fp16 on older CUDA, off elsewhere.
+    """
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; --device cpu would run")
+    if device == "mps" and (not torch.backends.mps.is_available() or "RANK" in os.environ):
+        raise UserError("--device mps needs an Apple GPU and runs one process, without torchrun")
+
+    if device == "cuda":
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"more processes than GPUs on this host: use --nproc_per_node={gpus}")
+        torch.cuda.set_device(local_rank)
+    device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+    if "RANK" in os.environ:
+        backend, pinned = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, device_id=pinned)
+    amp = _amp_dtype(amp, device)
+    if device.type == "cpu" and amp:
+        # The backward of torch's fused attention in bf16 is 2 to 9 times slower on a CPU than that
+        # of the explicit softmax (benchmarks/attention.py).
+        set_fused_attn(False)
+    return device, amp
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
+def parallel(model, device):
+    """DistributedDataParallel over all processes; one process: the model itself.
+
+    Buffers are not broadcast: BatchNorm sees the batch of all ranks, so they are equal already.
+    """
+    if world() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        everyone = x.new_empty(world(), *x.shape)
+        dist.all_gather_into_tensor(everyone, x.contiguous())
+        return everyone
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[rank()]
+
+
+def gather(x):
+    """x of every rank, in rank order: [...] → [world, ...]. Differentiable; one collective."""
+    return _Gather.apply(x) if world() > 1 else x[None]
+
+
+def average(x):
+    """Mean of x over the ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+        x /= world()
+    return x
+
+
+class ViewBatchNorm(nn.BatchNorm1d):
+    """BatchNorm of the heads: x [V, N, C], statistics of each view over the N of all ranks.
+
+    The V views are V batches that never mix; one collective serves them all, on any backend
+    (nn.SyncBatchNorm refuses the CPU). Keys and defaults of BatchNorm1d. Statistics in fp32.
+    """
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x.flatten(0, 1)).view_as(x)
+        if world() == 1:  # the same mathematics in one fused kernel a view
+            return torch.stack([super(ViewBatchNorm, self).forward(view) for view in x])
+
+        var, mean = torch.var_mean(x.float(), dim=1, correction=0)  # [V, C]
+        means, variances = gather(torch.stack([mean, var])).unbind(1)  # [world, V, C]
+        mean = means.mean(0)
+        var = (variances + (means - mean) ** 2).mean(0)  # every rank holds as many rows
+        self._track(mean.detach(), var.detach(), rows=x.shape[1] * world())
+
+        scale = (var + self.eps).rsqrt()
+        if self.affine:
+            scale = scale * self.weight
+        shift = -mean * scale
+        if self.affine:
+            shift = shift + self.bias
+        return (x * scale[:, None] + shift[:, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean, var, rows):
+        for view in range(len(mean)):  # one after the other, as V calls of BatchNorm1d would
+            self.running_mean.lerp_(mean[view], self.momentum)
+            self.running_var.lerp_(var[view] * rows / (rows - 1), self.momentum)
+            self.num_batches_tracked += 1
+
+
+class _BatchNorm2d(ViewBatchNorm):
+    """The same for images on backends other than NCCL: [N, C, H, W], one view."""
+
+    def forward(self, x):
+        rows = x.movedim(1, -1)  # [N, H, W, C]
+        return super().forward(rows.flatten(0, 2)[None]).view(rows.shape).movedim(-1, 1)
+
+
+def synchronize_batchnorm(module, device):
+    """Every BatchNorm2d in `module` made to see the batch of all ranks; one process: unchanged.
+
+    On CUDA that is nn.SyncBatchNorm; elsewhere ours, slower, with the same mathematics.
+    """
+    if world() == 1:
+        return module
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in list(module.named_modules()):
+        if isinstance(child, nn.BatchNorm2d):
+            synced = _BatchNorm2d(child.num_features, child.eps, child.momentum, child.affine)
+            synced.load_state_dict(child.state_dict())
+            module.set_submodule(name, synced)
+    return module
+
+
+def _amp_dtype(amp, device):
+    if amp == "auto":
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            amp = "bf16" if device.type == "cpu" and _cpu_computes_bf16() else "off"
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError("--amp fp16 needs a CUDA GPU: use bf16 or off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def _cpu_computes_bf16():
+    try:  # torch 2.6 has no public way to ask
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo))

@@ -1,0 +1,77 @@
+"""LARS, AdamW, and what they follow: learning rate and momentum coefficient per iteration."""
+
+import math
+
+import torch
+from torch.optim import Optimizer
+
+
+class LARS(Optimizer):
+    """SGD with momentum and a learning rate for each layer (You et al. 2017, arXiv 1708.03888).
+
+    Tensors of more than one dimension: g ← g + wd·w, then g ← g · η‖w‖/‖g‖, the ratio 1 where a
+    norm is 0; norms and biases take neither. Then μ ← momentum·μ + g, w ← w − lr·μ.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, eta=0.001):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            layers = [i for i, p in enumerate(params) if p.ndim > 1]
+            if layers:
+                scaled = self._scale([params[i] for i in layers], [grads[i] for i in layers], group)
+                for i, g in zip(layers, scaled):
+                    grads[i] = g
+
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["mu"] = torch.zeros_like(p)
+            mu = [self.state[p]["mu"] for p in params]
+            torch._foreach_mul_(mu, group["momentum"])
+            torch._foreach_add_(mu, grads)
+            torch._foreach_add_(params, mu, alpha=-group["lr"])
+
+    @staticmethod
+    def _scale(params, grads, group):
+        grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        w_norm = torch.stack(torch._foreach_norm(params))
+        g_norm = torch.stack(torch._foreach_norm(grads))
+        ratio = group["eta"] * w_norm / g_norm
+        ratio = torch.where((w_norm > 0) & (g_norm > 0), ratio, 1.0)
+        torch._foreach_mul_(grads, list(ratio.unbind()))
+        return grads
+
+
+def create_optimizer(name, model, lr, wd):
+    """`--optimizer` over every trainable parameter; AdamW decays norms and biases too (paper)."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if name == "lars":
+        return LARS(params, lr, weight_decay=wd)
+    fused = params[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=wd, fused=fused)
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def warmup_cosine(t, total, warmup, peak):
+    """Linear from 0 to `peak` over the first `warmup`, then half a cosine to 0 at `total`.
+
+    t, total, warmup in one unit, epochs with fractions, say; paper Sec. 4.1.
+    """
+    if t < warmup:
+        return peak * t / warmup
+    return peak * (1 + math.cos(math.pi * (t - warmup) / (total - warmup))) / 2
+
+
+def cosine_momentum(t, total, m0):
+    """m from m0 to 1 by half a cosine: 1 − (1−m0)·(1 + cos(πt/total))/2; paper Sec. 4.1."""
+    return 1 - (1 - m0) * (1 + math.cos(math.pi * t / total)) / 2
