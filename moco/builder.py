@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco.distributed import ViewBatchNorm, gather, rank
+from moco.distributed import ViewBatchNorm, at_least_fp32, gather, rank
 
 
 class MoCo(nn.Module):
@@ -106,7 +106,7 @@ def features(encoder, x):
 
 
 def normalize(x):
-    return F.normalize(x.float(), dim=-1)
+    return F.normalize(at_least_fp32(x), dim=-1)
 
 
 def spread(h):

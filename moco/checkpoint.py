@@ -64,6 +64,9 @@ def load_model(model, checkpoint, path):
         raise UserError(f"{path} was trained with {heads} heads, this model has {own}")
 
     expected = model.state_dict()
+    for key in expected:  # the position table is fixed: another image size has its own
+        if key.endswith(".pos_embed") and key in state:
+            state[key] = expected[key]
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     shared = expected.keys() & state.keys()
     reshaped = [key for key in shared if expected[key].shape != state[key].shape]

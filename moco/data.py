@@ -13,10 +13,14 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Sampler
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms.v2 import functional as tv
 
 from moco import UserError, augment, distributed
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+except ImportError:  # deprecated in torchvision 0.29; PIL reads everything, more slowly
+    decode_jpeg = None
 
 NAMES = ("digits", "cifar10", "cifar100", "stl10")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -66,8 +70,8 @@ class Files:
 def decode(path):
     """An image file → uint8 [3, H, W], RGB, upright. UserError if it can't be read."""
     try:
-        if path.lower().endswith((".jpg", ".jpeg")):
-            try:  # three times as fast as PIL
+        if decode_jpeg and path.lower().endswith((".jpg", ".jpeg")):
+            try:
                 data = read_file(path)
                 return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
             except RuntimeError:

@@ -91,6 +91,11 @@ def gather(x):
     return _Gather.apply(x) if world() > 1 else x[None]
 
 
+def at_least_fp32(x):
+    """bf16 and fp16 → fp32; float64 stays, so that formulas can be tested in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def average(x):
     """Mean of x over the ranks, in place."""
     if world() > 1:
@@ -112,7 +117,7 @@ class ViewBatchNorm(nn.BatchNorm1d):
         if world() == 1:  # the same mathematics in one fused kernel a view
             return torch.stack([super(ViewBatchNorm, self).forward(view) for view in x])
 
-        var, mean = torch.var_mean(x.float(), dim=1, correction=0)  # [V, C]
+        var, mean = torch.var_mean(at_least_fp32(x), dim=1, correction=0)  # [V, C]
         means, variances = gather(torch.stack([mean, var])).unbind(1)  # [world, V, C]
         mean = means.mean(0)
         var = (variances + (means - mean) ** 2).mean(0)  # every rank holds as many rows

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moco import UserError, augment
+from moco import UserError, augment, checkpoint
 from moco.data import checked
 from moco.distributed import average, rank
 
@@ -71,17 +71,7 @@ class Log:
 
     def _flush(self, step, lr, m):
         values = average(torch.stack(self.pending)).cpu()  # [steps since, scalars]; waits here
-        losses = values[:, self.names.index("loss")]
-        if not losses.isfinite().all():
-            bad = step - len(losses) + int((~losses.isfinite()).nonzero()[0])  # counted from 0
-            last = self.folder / "checkpoint.pth"
-            raise UserError(
-                f"the loss is {losses[~losses.isfinite()][0]:.0f} in epoch "
-                f"{bad // self.epoch_steps}, iteration {bad % self.epoch_steps}; last good checkpoint: "
-                f"{last if last.exists() else 'none yet'}. A lower --lr, --amp bf16 or off, "
-                "--stop-grad-conv1 or --clip-grad may help",
-                code=1,
-            )
+        self._check(step, values[:, self.names.index("loss")])
         now = time.perf_counter()
         seconds = now - self.since
         self.latest = dict(zip(self.names, values.mean(0).tolist()))
@@ -93,6 +83,18 @@ class Log:
         self.pending, self.waited, self.since = [], 0.0, now
         if self.bar:
             self.bar.set_postfix_str(self._short())
+
+    def _check(self, step, losses):
+        bad = ~losses.isfinite()
+        if bad.any():
+            epoch, iteration = divmod(step - len(losses) + int(bad.nonzero()[0]), self.epoch_steps)
+            last = self.folder / checkpoint.LAST
+            raise UserError(
+                f"the loss became {losses[bad][0]:f} in epoch {epoch}, iteration {iteration} (both "
+                f"from 0); last good checkpoint: {last if last.exists() else 'none yet'}; lower "
+                "--lr, --amp bf16 or off, --stop-grad-conv1 and --clip-grad are what helps",
+                code=1,
+            )
 
     def row(self, step, **values):
         """One line of log.jsonl; `epoch` has fractions."""

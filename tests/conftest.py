@@ -1,0 +1,65 @@
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]  # fmt: skip  # noqa: E501
+
+# The smallest run that has everything: 5 steps an epoch.
+TINY = (
+    "digits -a vit_nano --img-size 16 --patch-size 4 --batch-size 256 --optimizer adamw --lr 1e-3 "
+    "--epochs 2 --warmup-epochs 1 --moco-dim 32 --moco-mlp-dim 64 --moco-t 0.2 --moco-m-cos "
+    "--workers 0 --knn-every 1 --device cpu --print-freq 1"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def script(monkeypatch, capfd):
+    """Runs a script of ours in this process, as `python NAME ARGS…` → exit code, stdout, stderr."""
+
+    def run(name, *args):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        return stop.value.code, *capfd.readouterr()
+
+    return run
+
+
+def launch(processes, name, *args, **env):
+    """`torchrun --nproc_per_node=PROCESSES NAME ARGS…` → subprocess.CompletedProcess."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*torchrun, "--standalone", str(ROOT / name), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
+
+
+@pytest.fixture
+def image_file(tmp_path):
+    """Writes an image of noise, [height, width, 3]: name, size → path."""
+
+    def write(name, height=40, width=60, mode="RGB", **save):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(path, **save)
+        return path
+
+    return write

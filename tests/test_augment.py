@@ -1,0 +1,124 @@
+"""Each operation, and the chain, against torchvision.transforms.v2.functional, image by image."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICES
+from torchvision.transforms.v2 import functional as tv
+
+from moco import augment as ours
+
+TOLERANCE = 2 / 255
+
+
+def images(n=24, height=32, width=40):
+    """Noise, smooth gradients, gray, black and white: [n, 3, height, width] in [0, 1]."""
+    x = torch.rand(n, 3, height, width)
+    x[1::4] = torch.linspace(0, 1, width) * torch.rand(len(x[1::4]), 3, 1, 1)
+    x[2::4] = x[2::4].mean(1, keepdim=True)
+    x[3], x[7] = 0, 1
+    return x
+
+
+def blur(x, sigma):
+    return tv.gaussian_blur(x, kernel_size=2 * int(np.ceil(3 * 2.0)) + 1, sigma=sigma)
+
+
+OPERATIONS = {
+    "brightness": (ours.adjust_brightness, tv.adjust_brightness, (0.6, 1.4)),
+    "contrast": (ours.adjust_contrast, tv.adjust_contrast, (0.6, 1.4)),
+    "saturation": (ours.adjust_saturation, tv.adjust_saturation, (0.8, 1.2)),
+    "hue": (ours.adjust_hue, tv.adjust_hue, (-0.5, 0.5)),
+    "blur": (ours.gaussian_blur, blur, (0.1, 2.0)),
+    "grayscale": (
+        lambda x, _: ours.grayscale(x),
+        lambda x, _: tv.rgb_to_grayscale(x, num_output_channels=3),
+        (0, 1),
+    ),
+    "solarize": (lambda x, _: ours.solarize(x), lambda x, _: tv.solarize(x, 128 / 255), (0, 1)),
+    "normalize": (
+        lambda x, _: ours.normalize(x),
+        lambda x, _: tv.normalize(x, list(ours.MEAN), list(ours.STD)),
+        (0, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation_agrees_with_torchvision(name, device):
+    operation, reference, (low, high) = OPERATIONS[name]
+    x = images().to(device)
+    factor = torch.linspace(low, high, len(x)).to(device)
+    expected = torch.stack([reference(image, f.item()) for image, f in zip(x, factor)])
+    torch.testing.assert_close(operation(x, factor), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("view", [0, 1])
+def test_chain_agrees_with_torchvision(view, device):
+    rng = np.random.default_rng(0)
+    rows = torch.from_numpy(np.stack([ours.draw(rng, view) for _ in range(64)]))
+    x = torch.randint(0, 256, (64, 3, 24, 20), dtype=torch.uint8)
+    x[::2] = tv.resize(x[::2, :, :4, :4], [24, 20])  # smooth ones
+    found = ours.augment(x.to(device), rows).cpu()
+
+    jitter = tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue
+    for image, row, result in zip(x, rows, found):
+        expected = image.float() / 255
+        for column in ours.ORDERS[int(row[ours.ORDER])]:
+            if row[column] != ours.NOTHING[column]:
+                expected = jitter[column](expected, row[column].item())
+        if row[ours.GRAYSCALE]:
+            expected = tv.rgb_to_grayscale(expected, num_output_channels=3)
+        if row[ours.SIGMA]:
+            expected = blur(expected, row[ours.SIGMA].item())
+        # A pixel within rounding of the threshold may fall on either side of it.
+        near = (expected - ours.SOLARIZE_THRESHOLD).abs() < 1e-5
+        if row[ours.SOLARIZE]:
+            expected = tv.solarize(expected, ours.SOLARIZE_THRESHOLD)
+        if row[ours.FLIP]:
+            expected, near = expected.flip(-1), near.flip(-1)
+        error = (ours.denormalize(result) - expected).abs()
+        assert error[~near].max() <= TOLERANCE
+
+
+def test_blur_reflects_in_images_smaller_than_the_kernel():
+    x = torch.rand(3, 3, 4, 1)
+    blurred = ours.gaussian_blur(x, torch.tensor([0.1, 1.0, 2.0]))
+    assert blurred.shape == x.shape and blurred.isfinite().all()
+    torch.testing.assert_close(ours.gaussian_blur(torch.ones(1, 3, 5, 2), torch.tensor([2.0])), torch.ones(1, 3, 5, 2))  # fmt: skip  # noqa: E501
+
+
+def test_what_is_not_drawn_is_left_as_it_is():
+    x = torch.randint(0, 256, (4, 3, 9, 9), dtype=torch.uint8)
+    rows = torch.tensor([ours.NOTHING] * 4, dtype=torch.float32)
+    assert torch.equal(ours.augment(x, rows), ours.normalize(x.float() / 255))
+
+
+def test_draws_have_the_papers_probabilities_and_ranges():
+    n = 20_000
+    for view in (0, 1):
+        rng = np.random.default_rng(1)
+        rows = np.stack([ours.draw(rng, view) for _ in range(n)])
+
+        def rate(chosen):
+            return pytest.approx(chosen.mean(), abs=0.015)
+
+        jittered = rows[:, ours.BRIGHT] != 1
+        assert rate(jittered) == 0.8
+        for column, low, high in (
+            (ours.BRIGHT, 0.6, 1.4),
+            (ours.CONTR, 0.6, 1.4),
+            (ours.SATUR, 0.8, 1.2),
+            (ours.HUE_SHIFT, -0.1, 0.1),
+        ):
+            drawn = rows[jittered, column]
+            assert low <= drawn.min() < low + 0.01 and high - 0.01 < drawn.max() <= high
+        assert set(rows[jittered, ours.ORDER]) == set(range(24))
+        assert rate(rows[:, ours.GRAYSCALE]) == 0.2
+        assert (1.0, 0.1)[view] == rate(rows[:, ours.SIGMA] > 0)
+        sigma = rows[rows[:, ours.SIGMA] > 0, ours.SIGMA]
+        assert 0.1 <= sigma.min() < 0.2 and 1.95 < sigma.max() <= 2
+        assert (0.0, 0.2)[view] == rate(rows[:, ours.SOLARIZE])
+        assert rate(rows[:, ours.FLIP]) == 0.5

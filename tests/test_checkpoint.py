@@ -1,0 +1,100 @@
+"""Files on disk: layout, atomicity, refusal of what doesn't fit."""
+
+import pickle
+
+import pytest
+import torch
+
+from moco import UserError, checkpoint
+from moco.builder import MoCo
+from vits import create_backbone
+
+
+def nano(**kwargs):
+    return MoCo(create_backbone("vit_nano", 16, 4), dim=32, mlp_dim=64, **kwargs)
+
+
+def saved(folder, model, **extra):
+    state = {"arch": "vit_nano", "state_dict": checkpoint.model_state(model), **extra}
+    checkpoint.save(folder, state)
+    return folder / checkpoint.LAST
+
+
+def test_weights_survive_the_round_trip(tmp_path):
+    model, other = nano(), nano()
+    path = saved(tmp_path, model, num_heads=4)
+    content = checkpoint.load(path)
+    assert all(key.startswith("module.") for key in content["state_dict"])
+    checkpoint.load_model(other, content, path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    model = nano()
+    path = saved(tmp_path, model, epoch=1)
+
+    def crash(state, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path, model, epoch=2)
+    assert checkpoint.load(path)["epoch"] == 1
+
+
+def test_a_kept_checkpoint_outlives_the_last_one(tmp_path):
+    checkpoint.save(tmp_path, {"state_dict": {}, "epoch": 1}, keep_as="checkpoint_0001.pth")
+    checkpoint.save(tmp_path, {"state_dict": {}, "epoch": 2})
+    assert checkpoint.load(tmp_path / "checkpoint_0001.pth")["epoch"] == 1
+    assert checkpoint.load(tmp_path / checkpoint.LAST)["epoch"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth", "checkpoint_0001.pth"]
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_what_is_no_checkpoint_is_refused_without_running_it(tmp_path, capsys):
+    path = tmp_path / "file.pth"
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.load(path)
+    for content in (b"", b"text", pickle.dumps(Code())):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="can't be read as a checkpoint"):
+            checkpoint.load(path)
+    torch.save({"state_dict": Code()}, path)
+    with pytest.raises(UserError, match="can't be read as a checkpoint"):
+        checkpoint.load(path)
+    torch.save([1, 2], path)
+    with pytest.raises(UserError, match="no 'state_dict'"):
+        checkpoint.load(path)
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_every_mismatch_is_named(tmp_path):
+    model = nano()
+    state = checkpoint.model_state(model)
+    lacking = {k: v for k, v in state.items() if "predictor.0" not in k}
+    foreign = state | {"module.surprise": torch.zeros(1)}
+    reshaped = state | {"module.predictor.0.weight": torch.zeros(1)}
+    probe = {k: v for k, v in state.items() if "momentum" not in k}
+    for content, words in (
+        (dict(state_dict=lacking), "lacks predictor.0.weight"),
+        (dict(state_dict=foreign), "has unknown surprise"),
+        (dict(state_dict=reshaped), "has in other shapes predictor.0.weight"),
+        (dict(state_dict=probe), "no momentum_encoder"),
+        (dict(state_dict=state, num_heads=6), "trained with 6 heads, this model has 4"),
+    ):
+        with pytest.raises(UserError, match=words):
+            checkpoint.load_model(model, content, "x.pth")
+
+
+def test_position_table_is_made_anew_for_another_image_size():
+    small, large = nano(), MoCo(create_backbone("vit_nano", 32, 4), dim=32, mlp_dim=64)
+    table = large.base_encoder.pos_embed.clone()
+    checkpoint.load_model(large, {"state_dict": checkpoint.model_state(small)}, "x.pth")
+    assert torch.equal(large.base_encoder.pos_embed, table)
+    assert torch.equal(large.base_encoder.cls_token, small.base_encoder.cls_token)

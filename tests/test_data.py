@@ -1,0 +1,243 @@
+"""Reading, cropping, sampling: what a user's folder becomes; nothing but (s, e, i) matters."""
+
+import hashlib
+import pickle
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from moco import UserError, distributed
+from moco.data import (
+    Arrays,
+    CentreCrop,
+    EpochBatches,
+    TwoCrops,
+    create_loader,
+    crop_box,
+    decode,
+    load_data,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_digits_are_split_four_to_one_without_overlap():
+    digits = load_data("digits")
+    assert len(digits.train) == 1437 and len(digits.val) == 360
+    assert digits.train.read(0).shape == (3, 16, 16) and digits.train.read(0).dtype == torch.uint8
+    assert digits.train.images.min() == 0 and digits.train.images.max() > 250
+
+
+def test_views_are_a_function_of_seed_epoch_and_index(image_file, tmp_path):
+    for i in range(6):
+        image_file(f"images/{i}.jpg", height=30 + i)
+    source = load_data(str(tmp_path / "images")).train
+
+    def views(seed, keys, workers):
+        batches = [keys[i : i + 2] for i in range(0, len(keys), 2)]
+        loader = create_loader(TwoCrops(source, (24, 16), 0.2, seed), batches, workers, CPU)
+        crops, rows = zip(*loader)
+        return torch.cat(crops, 1), torch.cat(rows, 1)
+
+    keys = [(epoch, i) for epoch in (0, 1) for i in range(6)]
+    crops, rows = views(0, keys, workers=0)
+    assert crops.shape == (2, 12, 3, 24, 16) and crops.dtype == torch.uint8
+    other = views(0, keys[::-1], workers=2)
+    assert torch.equal(other[0].flip(1), crops) and torch.equal(other[1].flip(1), rows)
+    assert not torch.equal(rows[:, :6], rows[:, 6:])  # another epoch
+    assert not torch.equal(views(1, keys, workers=0)[1], rows)  # another seed
+    assert not torch.equal(rows[0], rows[1])  # the other view
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_share_the_batches_of_one_process(world, monkeypatch):
+    expected = EpochBatches(100, 16, seed=3)
+    expected.epoch = 5
+    expected = list(expected)
+    assert len(expected) == 6
+    seen = [key for batch in expected for key in batch]
+    assert len(set(seen)) == 96 and {epoch for epoch, _ in seen} == {5}
+
+    shards = []
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        batches = EpochBatches(100, 16, seed=3)
+        batches.epoch = 5
+        assert batches.left_out == 4
+        shards.append(list(batches))
+    assert [list(chain(*parts)) for parts in zip(*shards)] == expected
+
+
+def test_batches_change_with_epoch_and_seed():
+    first = EpochBatches(100, 10, seed=0)
+    order = list(first)
+    first.epoch = 1
+    assert [i for b in order for _, i in b] != [i for b in first for _, i in b]
+    assert order != list(EpochBatches(100, 10, seed=1))
+
+
+def test_persistent_workers_follow_the_epoch():
+    source = Arrays(np.zeros((8, 3, 4, 4), np.uint8))
+    batches = EpochBatches(8, 4, seed=0)
+    loader = create_loader(TwoCrops(source, (4, 4), 0.2, 0), batches, 1, CPU, persistent=True)
+    rows = []
+    for batches.epoch in (0, 1, 0):
+        rows.append(torch.cat([r for _, r in loader], 1))
+    assert torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[1])
+
+
+def test_crops_have_the_recipes_area_and_ratio():
+    rng = np.random.default_rng(0)
+    boxes = np.array([crop_box(rng, 200, 300, 0.2) for _ in range(4000)])
+    top, left, height, width = boxes.T
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + height <= 200).all() and (left + width <= 300).all()
+    area, ratio = height * width / 60_000, width / height
+    assert 0.19 < area.min() < 0.21 and 0.85 < area.max() <= 1
+    assert 0.74 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.35
+    assert crop_box(rng, 10, 1000, 1.0) == (0, 493, 10, 13)  # no box fits: the centre
+
+
+def test_centre_crop_resizes_by_256_over_224_and_keeps_what_fits():
+    images = torch.arange(3 * 16 * 16).view(1, 3, 16, 16).to(torch.uint8)
+    assert torch.equal(CentreCrop(Arrays(images), (16, 16)).__getitems__([0]), images)
+    wide = Arrays(torch.zeros(2, 3, 100, 400, dtype=torch.uint8))
+    assert CentreCrop(wide, (56, 56)).__getitems__([0, 1]).shape == (2, 3, 56, 56)
+    assert CentreCrop(wide, (32, 64)).__getitems__([0]).shape == (1, 3, 32, 64)
+
+
+def test_class_folders(image_file, tmp_path):
+    for name in ("train/a/1.png", "train/b/deep/2.png", "train/b/3.JPEG", "val/b/4.png"):
+        image_file(name)
+    (tmp_path / "train" / "b" / "notes.txt").write_text("no image")
+    data = load_data(str(tmp_path))
+    assert (len(data.train), len(data.val), data.classes) == (3, 1, 2)
+    assert data.train.labels.tolist() == [0, 1, 1] and data.val.labels.tolist() == [1]
+    assert data.bank is data.train
+
+
+def test_plain_folder_has_no_labels_and_says_so(image_file, tmp_path):
+    for name in ("x.png", "some/where/deep/y.png"):
+        image_file(name)
+    data = load_data(str(tmp_path))
+    assert len(data.train) == 2 and data.train.labels is None and data.val is None
+    assert "kNN is off" in data.note
+
+
+def test_folder_without_val_has_no_knn(image_file, tmp_path):
+    image_file("train/a/x.png")
+    assert "no val/" in load_data(str(tmp_path)).note
+    image_file("val/other/y.png")
+    with pytest.raises(UserError, match="classes that train/ lacks: other"):
+        load_data(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, mode, save",
+    [
+        ("a.jpg", "RGB", {}),
+        ("gray.jpg", "L", {}),
+        ("cmyk.jpg", "CMYK", {}),
+        ("progressive.jpg", "RGB", {"progressive": True}),
+        ("a.png", "RGB", {}),
+        ("palette.png", "P", {}),
+        ("alpha.png", "RGBA", {}),
+        ("a.webp", "RGB", {}),
+        ("a.gif", "RGB", {}),
+        ("a.tiff", "RGB", {}),
+        ("a.bmp", "RGB", {}),
+    ],
+)
+def test_decodes_what_cameras_and_programs_write(image_file, name, mode, save):
+    path = image_file(name, mode=mode, **save)
+    image = decode(str(path))
+    assert image.shape == (3, 40, 60) and image.dtype == torch.uint8
+    expected = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    assert (image.float() - expected.float()).abs().mean() < 3  # two JPEG decoders
+
+
+def test_photographs_come_upright(image_file):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90°
+    for name in ("turned.jpg", "turned.png"):
+        assert decode(str(image_file(name, exif=exif))).shape == (3, 60, 40)
+
+
+def test_unreadable_image_reaches_the_main_process_as_one_line(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no image")
+    source = load_data(str(tmp_path)).train
+    loader = create_loader(TwoCrops(source, (8, 8), 0.2, 0), [[(0, 0)]], 1, CPU)
+    (error,) = loader
+    assert isinstance(error, UserError) and "broken.jpg" in str(error)
+    assert "\n" not in str(error)
+
+
+# The published sets, in their own formats, three images large.
+
+
+def _known(monkeypatch, dataset, **lists):
+    """Tells torchvision's integrity check the sums of the files that the test wrote."""
+    for attribute, value in lists.items():
+        monkeypatch.setattr(dataset, attribute, value)
+
+
+def _write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return hashlib.md5(content).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_files(name, tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
+    key = "labels" if name == "cifar10" else "fine_labels"
+    batch = pickle.dumps({"data": pixels.reshape(3, -1), key: [0, 2, 1]})
+    dataset = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    folder = tmp_path / dataset.base_folder
+    meta_key = dataset.meta["key"]
+    meta = _write(folder / "meta", pickle.dumps({meta_key: ["a", "b", "c"]}))
+    _known(
+        monkeypatch,
+        dataset,
+        train_list=[["train", _write(folder / "train", batch)]],
+        test_list=[["test", _write(folder / "test", batch)]],
+        meta={"filename": "meta", "key": meta_key, "md5": meta},
+    )
+    data = load_data(name, tmp_path)
+    assert torch.equal(data.train.read(1), torch.from_numpy(pixels[1]))
+    assert data.val.labels.tolist() == [0, 2, 1] and data.classes == 3
+
+
+def test_stl10_trains_on_the_unlabelled_images_too(tmp_path, monkeypatch):
+    dataset = torchvision.datasets.STL10
+    folder = tmp_path / dataset.base_folder
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 96, 96), dtype=np.uint8)
+    sums = {
+        name: _write(folder / name, content)
+        for name, content in {
+            "train_X.bin": pixels.tobytes(),
+            "train_y.bin": bytes([1, 10]),
+            "unlabeled_X.bin": pixels.tobytes(),
+            "test_X.bin": pixels.tobytes(),
+            "test_y.bin": bytes([10, 1]),
+        }.items()
+    }
+    names = "\n".join("abcdefghij").encode()
+    sums["class_names.txt"] = _write(folder / "class_names.txt", names)
+    _known(
+        monkeypatch,
+        dataset,
+        class_names_file="class_names.txt",
+        train_list=[[n, sums[n]] for n in ("train_X.bin", "train_y.bin", "unlabeled_X.bin")],
+        test_list=[[n, sums[n]] for n in ("test_X.bin", "test_y.bin")],
+    )
+    data = load_data("stl10", tmp_path)
+    assert (len(data.train), len(data.bank), len(data.val)) == (4, 2, 2)
+    assert data.bank.labels.tolist() == [0, 9] and data.val.labels.tolist() == [9, 0]
+    # On disk an image lies column by column.
+    assert torch.equal(data.train.read(3), torch.from_numpy(pixels[1]).mT)
