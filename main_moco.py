@@ -42,7 +42,12 @@ def parse_args(argv=None):
         "beside the last one")  # fmt: skip
     add("--knn-every", type=cli.count, default=10, metavar="EPOCHS", help="0: never")
     add("--knn-bank", type=cli.positive, default=50_000, metavar="IMAGES", help="to search in")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.warmup_epochs > args.epochs:
+        parser.error(
+            f"--warmup-epochs {args.warmup_epochs:g} of {args.epochs} --epochs is too long"
+        )
+    return args
 
 
 def main(args):

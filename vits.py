@@ -22,6 +22,7 @@ from moco import UserError
 # ViT-S has 12 heads, as the paper has it; timm's and DeiT's has 6, and the weights' shapes agree.
 VITS = {
     "vit_nano": dict(embed_dim=128, depth=4, num_heads=4),  # ours, for small images on a CPU
+    "vit_conv_nano": dict(embed_dim=128, depth=3, num_heads=4, conv_stem=True),
     "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
     "vit_small": dict(embed_dim=384, depth=12, num_heads=12),
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
@@ -75,24 +76,27 @@ class VisionTransformer(TimmViT):
 
 
 class ConvStem(nn.Module):
-    """Four 3×3 stride-2 convolutions, BN and ReLU, then 1×1: [N, C, H, W] → [N, H/16·W/16, d]."""
+    """3×3 stride-2 convolutions with BN and ReLU, then 1×1: [N, C, H, W] → [N, H/p·W/p, d].
+
+    Patch p = 16 takes four of them, widths d/8, d/4, d/2, d; another power of two as many as it is.
+    """
 
     def __init__(self, img_size, patch_size, in_chans, embed_dim, **_):
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.grid_size = height // 16, width // 16
+        self.patch_size = patch_size  # timm reads these three
+        self.grid_size = tuple(side // p for side, p in zip(img_size, patch_size))
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.patch_size = 16, 16  # timm reads these three
 
         layers, chans = [], in_chans
-        for out in (embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim):
+        for halvings_left in reversed(range(int(math.log2(patch_size[0])))):
+            out = embed_dim // 2**halvings_left
             conv = nn.Conv2d(chans, out, 3, stride=2, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
             chans = out
         self.proj = nn.Sequential(*layers, nn.Conv2d(chans, embed_dim, 1))
 
     def feat_ratio(self):
-        return 16
+        return self.patch_size
 
     def forward(self, x):
         return self.proj(x).flatten(2).transpose(1, 2)
@@ -131,17 +135,17 @@ def create_backbone(arch, img_size=224, patch_size=None, stop_grad_conv1=False, 
         conv_stem = config.get("conv_stem", False)
         if conv_stem and stop_grad_conv1:
             raise UserError(f"--stop-grad-conv1 has no patch projection to fix in {arch}: drop it")
-        if conv_stem and patch_size not in (None, 16, (16, 16)):
-            raise UserError(f"the stem of {arch} makes patches of 16: drop --patch-size")
-        patch = pair(patch_size or config.pop("patch_size", 16))
-        config.pop("patch_size", None)
+        patch = pair(patch_size or config.get("patch_size", 16))
+        config["patch_size"] = patch
+        if conv_stem and patch not in ((2, 2), (4, 4), (8, 8), (16, 16), (32, 32)):
+            raise UserError(f"the stem of {arch} halves: --patch-size must be 2, 4, 8, 16 or 32")
         if any(side % p for side, p in zip(pair(img_size), patch)):
             raise UserError(
                 f"an image of {size_text(img_size)} can't be cut into patches of "
                 f"{size_text(patch)}: --img-size must be a multiple of --patch-size"
             )
         return VisionTransformer(
-            pair(img_size), patch, stop_grad_conv1=stop_grad_conv1, **config, **kwargs
+            pair(img_size), stop_grad_conv1=stop_grad_conv1, **config, **kwargs
         )
 
     if arch in RESNETS:

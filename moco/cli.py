@@ -35,8 +35,8 @@ def shared_flags():
     add = parser.add_argument
     add("data", metavar="DIR", help=f"folder of images, or one of: {' '.join(NAMES)}")
     add("-a", "--arch", default="resnet50", help="vits.py lists them")
-    add("--img-size", type=side, nargs="+", default=[224], metavar="PIXELS", help="side, or height "
-        "and width")  # fmt: skip
+    add("--img-size", type=side, nargs="+", default=[224], action=Size, metavar="PIXELS",
+        help="side, or height and width")  # fmt: skip
     add("--patch-size", type=positive, help="of a ViT (default: its own)")
     add("-j", "--workers", type=count, default=min(8, os.cpu_count()), help="loaders per process")
     add("--epochs", type=count, default=100)
@@ -57,6 +57,15 @@ def shared_flags():
         "lines")  # fmt: skip
     add("--tensorboard", action="store_true", help="log to TensorBoard too, in --output-dir")
     return parser
+
+
+class Size(argparse.Action):
+    """One side or two."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, "takes one side, or height and width")
+        setattr(namespace, self.dest, values)
 
 
 def _number(kind, good, what):

@@ -199,7 +199,7 @@ def versions():
 
     found = dict(
         python=sys.version.split()[0],
-        torch=torch.__version__,
+        torch=str(torch.__version__),  # a plain str: the checkpoint holds it
         torchvision=torchvision.__version__,
         timm=timm.__version__,
     )

@@ -73,6 +73,7 @@ def test_number_of_heads(arch, heads):
         ("vit_tiny", (32, 48), 8, (2, 192)),
         ("vit_huge", 28, None, (2, 1280)),
         ("vit_conv_small", (64, 32), None, (2, 384)),
+        ("vit_conv_nano", (16, 24), 4, (2, 128)),
         ("resnet18", 32, None, (2, 512)),
         ("resnet50", (32, 40), None, (2, 2048)),
     ],
@@ -110,7 +111,7 @@ def test_resnet_residual_branches_start_at_zero():
         (dict(arch="resnet50", stop_grad_conv1=True), "--stop-grad-conv1 is for ViTs"),
         (dict(arch="vit_conv_small", stop_grad_conv1=True), "no patch projection"),
         (dict(arch="resnet50", patch_size=8), "--patch-size is for ViTs"),
-        (dict(arch="vit_conv_base", patch_size=8), "patches of 16"),
+        (dict(arch="vit_conv_base", patch_size=12), "must be 2, 4, 8, 16 or 32"),
         (dict(arch="vit_base", img_size=100), "100×100 can't be cut into patches of 16×16"),
     ],
 )

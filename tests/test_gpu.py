@@ -1,0 +1,32 @@
+"""What only an NVIDIA GPU can show; skipped without one. The parity of the augmentation on CUDA is
+in test_augment.py."""
+
+import pytest
+import torch
+from conftest import ROOT, launch
+
+from moco.log import read_rows
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_vit_base_trains_through_nccl(tmp_path, image_file, amp):
+    for i in range(48):
+        image_file(f"images/{i}.jpg", height=256, width=300)
+    done = launch(
+        1, "main_moco.py", f"@{ROOT}/recipes/vit_base_300.txt", tmp_path / "images", "--amp", amp,
+        "--batch-size", 16, "--epochs", 1, "--warmup-epochs", 1, "--print-freq", 1,
+        "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "run" / "log.jsonl")
+    assert len(rows) == 3
+    assert rows[0]["loss"] == pytest.approx(rows[0]["chance"], rel=0.1)
+
+
+def test_digits_recipe_learns(script, tmp_path):
+    recipe = f"@{ROOT}/recipes/digits.txt"
+    code, _, err = script("main_moco.py", recipe, "--device", "cuda", "--output-dir", tmp_path)
+    assert code == 0, err
+    assert [row["knn"] for row in read_rows(tmp_path / "log.jsonl") if "knn" in row][-1] >= 95

@@ -1,0 +1,203 @@
+"""The pre-training script as its users run it."""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import ROOT, TINY, launch
+
+from moco import checkpoint
+from moco.log import read_rows
+
+
+def weights(folder):
+    return checkpoint.load(folder / checkpoint.LAST)["state_dict"]
+
+
+def test_a_run_leaves_what_it_promises(script, tmp_path):
+    code, out, _ = script("main_moco.py", *TINY, "--output-dir", tmp_path, "--tensorboard",
+                          "--save-every", 1)  # fmt: skip
+    assert code == 0
+    files = {path.name for path in tmp_path.iterdir()}
+    expected = {"args.json", "log.jsonl", "checkpoint.pth", "views.png", "curves.png"}
+    assert expected | {"checkpoint_0001.pth", "checkpoint_0002.pth"} <= files
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    assert json.loads((tmp_path / "args.json").read_text())["args"]["arch"] == "vit_nano"
+
+    rows = read_rows(tmp_path / "log.jsonl")
+    assert [row["step"] for row in rows if "knn" in row] == [0, 5, 10]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
+    assert rows[1]["loss"] == pytest.approx(rows[1]["chance"], rel=0.1)
+    assert "before training" in out and "1,437 images to train on, 360 to validate" in out
+
+    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    assert {"epoch", "arch", "state_dict", "optimizer", "scaler", "args"} <= state.keys()
+    assert (state["epoch"], state["iteration"], state["num_heads"]) == (2, 10, 4)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert script("main_moco.py", *TINY, "--output-dir", whole)[0] == 0
+
+    save, saved = checkpoint.save, []
+
+    def save_and_stop(*args):
+        save(*args)
+        saved.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+    code, _, err = script("main_moco.py", *TINY, "--output-dir", broken, "--resume", "auto")
+    assert code == 130 and "--resume auto" in err and len(saved) == 1
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert script("main_moco.py", *TINY, "--output-dir", broken, "--resume", "auto")[0] == 0
+    for key, value in weights(whole).items():
+        assert torch.equal(value, weights(broken)[key]), key
+    timing = {"images_per_s", "data_wait"}
+    for row, other in zip(*(read_rows(folder / "log.jsonl") for folder in (whole, broken))):
+        assert {k: v for k, v in row.items() if k not in timing} == {
+            k: v for k, v in other.items() if k not in timing
+        }
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("arch", ["vit_nano", "vit_conv_nano", "resnet18"])
+def test_other_architectures_and_precisions_train(script, tmp_path, arch, amp):
+    argv = " ".join(TINY).replace("vit_nano", arch)
+    if arch == "resnet18":
+        argv = argv.replace("--patch-size 4", "")
+    code, _, err = script(
+        "main_moco.py", *argv.split(), "--output-dir", tmp_path, "--amp", amp, "--epochs", 1,
+        "--optimizer", "lars", "--clip-grad", 1, "--knn-every", 0,
+    )  # fmt: skip
+    assert code == 0, err
+
+
+def test_init_from_takes_the_weights_alone(script, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert script("main_moco.py", *TINY, "--output-dir", first)[0] == 0
+    code, _, _ = script(
+        "main_moco.py", *TINY, "--output-dir", second, "--init-from", first / checkpoint.LAST,
+        "--epochs", 0, "--warmup-epochs", 0,
+    )  # fmt: skip
+    assert code == 0
+    last = [row["knn"] for row in read_rows(first / "log.jsonl") if "knn" in row][-1]
+    assert [row["knn"] for row in read_rows(second / "log.jsonl")] == [last]
+
+
+def test_unlabelled_folder_trains_without_knn(script, tmp_path, image_file):
+    for i in range(8):
+        image_file(f"images/{i}.jpg")
+    code, out, _ = script(
+        "main_moco.py", tmp_path / "images", *TINY[1:], "--batch-size", 4, "--workers", 2,
+        "--output-dir", tmp_path / "run", "--epochs", 1,
+    )  # fmt: skip
+    assert code == 0 and "kNN is off" in out
+    assert not any("knn" in row for row in read_rows(tmp_path / "run" / "log.jsonl"))
+
+
+BAD = {
+    "missing DIR": ("nowhere {tiny}", 2, "nowhere does not exist"),
+    "a file for DIR": ("{root}/README.md {tiny}", 2, "is a file, not a folder"),
+    "empty DIR": ("{tmp} {tiny}", 2, "holds no images"),
+    "no DIR": ("-a vit_nano", 2, "required: DIR"),
+    "unknown arch": ("digits {tiny} -a vit_smol", 2, "did you mean 'vit_small'"),
+    "batch larger than the data": ("digits {tiny} -b 5000", 2, "1437 images don't fill one"),
+    "missing resume path": ("digits {tiny} --resume nope.pth", 2, "no checkpoint at nope.pth"),
+    "missing init path": ("digits {tiny} --init-from nope.pth", 2, "no checkpoint at nope.pth"),
+    "missing recipe": ("@nope.txt", 2, "nope.txt"),
+    "unknown flag in a recipe": ("@{tmp}/bad.txt", 2, "unrecognized arguments: --lerning-rate 3"),
+    "unknown flag": ("digits {tiny} --epoch 3", 2, "unrecognized arguments: --epoch 3"),
+    "no number": ("digits {tiny} --epochs ten", 2, "'ten' is not a whole number"),
+    "negative": ("digits {tiny} --lr -1", 2, "'-1' is not a number, 0 or more"),
+    "not a number": ("digits {tiny} --moco-t nan", 2, "'nan' is not a number above 0"),
+    "long warm-up": ("digits {tiny} --warmup-epochs 9", 2, "--warmup-epochs 9 of 2 --epochs"),
+    "three sides": ("digits {tiny} --img-size 16 16 16", 2, "--img-size"),
+    "fp16 on a CPU": ("digits {tiny} --amp fp16", 2, "--amp fp16 needs a CUDA GPU"),
+    "stop-grad on a ResNet": (
+        "digits -b 64 -a resnet18 --stop-grad-conv1 --device cpu", 2, "is for ViTs",
+    ),
+    "cifar without network": ("cifar10 {tiny} --data-root {root}/README.md", 2, "no cifar10"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_line(script, tmp_path, name):
+    (tmp_path / "bad.txt").write_text("digits\n--lerning-rate 3  # mistyped\n")
+    line, expected, words = BAD[name]
+    line = line.format(tmp=tmp_path, root=ROOT, tiny=" ".join(TINY[1:]))
+    run = tmp_path / "run"
+    code, out, err = script("main_moco.py", *line.split(), "--output-dir", run)
+    assert (code, err.count("\n")) == (expected, 1), out + err
+    assert err.startswith("main_moco.py: error: ") and words in err
+    assert not run.exists()
+
+
+def test_unreadable_image_stops_training_with_one_line(script, tmp_path, image_file):
+    for i in range(30):
+        image_file(f"images/{i}.jpg")
+    (tmp_path / "images" / "29.jpg").write_bytes(b"no image")
+    code, _, err = script(
+        "main_moco.py", tmp_path / "images", *TINY[1:], "--batch-size", 10, "--workers", 1,
+        "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert (code, err.count("\n")) == (1, 1) and "unreadable image" in err and "29.jpg" in err
+
+
+def test_a_folder_with_a_run_is_not_overwritten(script, tmp_path):
+    argv = (*TINY, "--epochs", 1, "--output-dir", tmp_path)
+    assert script("main_moco.py", *argv)[0] == 0
+    before = (tmp_path / checkpoint.LAST).read_bytes()
+    code, _, err = script("main_moco.py", *argv)
+    assert code == 2 and "holds a run: --resume auto" in err
+    code, _, err = script("main_moco.py", *argv, "--resume", "auto", "--lr", 2, "--moco-t", 1)
+    assert code == 2 and "--lr 0.001 → 2.0, --moco-t 0.2 → 1.0" in err
+    assert (tmp_path / checkpoint.LAST).read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run(script, tmp_path):
+    code, _, err = script(
+        "main_moco.py", *TINY, "--output-dir", tmp_path, "--amp", "off", "--lr", 1e30,
+        "--warmup-epochs", 0,
+    )  # fmt: skip
+    assert code == 1 and "the loss became nan in epoch 0, iteration" in err
+    assert "last good checkpoint: none yet" in err and err.count("\n") == 1
+
+
+# Several processes. fp32, so that rounding is far below what is compared.
+
+
+def losses(folder):
+    return [row["loss"] for row in read_rows(folder / "log.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet18"])
+def test_two_ranks_equal_one(tmp_path, arch):
+    argv = " ".join(TINY).replace("vit_nano", arch)
+    if arch == "resnet18":
+        argv = argv.replace("--patch-size 4", "")
+    argv = [*argv.split(), "--amp", "off", "--optimizer", "lars", "--lr", 1]
+    worlds = (1, 2, 4) if arch == "vit_nano" else (1, 2)
+    for world in worlds:
+        done = launch(world, "main_moco.py", *argv, "--output-dir", tmp_path / str(world))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("before training") == 1  # rank 0 alone speaks
+    one = tmp_path / "1"
+    assert len(losses(one)) == 10
+    knn = [row["knn"] for row in read_rows(one / "log.jsonl") if "knn" in row]
+    for world in worlds[1:]:
+        other = tmp_path / str(world)
+        assert losses(other) == pytest.approx(losses(one), rel=1e-5)
+        for key, value in weights(one).items():
+            if value.is_floating_point():
+                difference = (weights(other)[key] - value).norm() / value.norm().clamp(min=1e-12)
+                assert difference < 1e-5, key
+        rows = read_rows(other / "log.jsonl")
+        assert [row["knn"] for row in rows if "knn" in row] == pytest.approx(knn, abs=0.6)
+
+
+def test_batch_that_does_not_divide_is_refused_once(tmp_path):
+    done = launch(2, "main_moco.py", *TINY, "--batch-size", 63, "--output-dir", tmp_path / "run")
+    assert done.returncode != 0 and not os.path.exists(tmp_path / "run")
+    assert done.stderr.count("main_moco.py: error: --batch-size 63") == 1
