@@ -11,6 +11,7 @@ Two nodes, the same line on both (HOST is the first of them):
 
 import json
 import math
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,10 @@ def parse_args(argv=None):
     parser = cli.Parser(description=__doc__, parents=[cli.shared_flags()])
     add = parser.add_argument
     add("--optimizer", choices=("lars", "adamw"), default="lars")
+    add("--lr", type=cli.nonnegative, default=0.6, help="base rate; used: lr · batch/256")
+    add("--wd", "--weight-decay", type=cli.nonnegative, default=1e-6)
+    add("--warmup-epochs", type=cli.nonnegative, default=10, help="linear, from 0")
+    add("--clip-grad", type=cli.positive_float, metavar="NORM", help="largest norm of the gradient")
     add("--moco-dim", type=cli.positive, default=256, help="of queries and keys")
     add("--moco-mlp-dim", type=cli.positive, default=4096, help="hidden width of the heads")
     add("--moco-m", type=cli.share, default=0.99, help="momentum of the momentum encoder")
@@ -77,46 +82,46 @@ def main(args):
 
     knn = None
     if args.knn_every and dataset.val:
-        knn = KNN(dataset, size, args.knn_bank, args.batch_size, args.workers, device)
+        knn = KNN(dataset, size, args.knn_bank, args.workers, device)
     if distributed.rank() == 0:
         describe(args, folder, dataset, batches, model, device, amp)
         draw_views(folder, *first_views(crops, device))
+
     log = Log(
         folder,
         steps=args.epochs * len(batches),
         epoch_steps=len(batches),
         step=epoch * len(batches),
         batch_size=args.batch_size,
-        chance=4 * args.moco_t * math.log(args.batch_size),
+        chance=4 * args.moco_t * math.log(args.batch_size),  # 4τ·ln N
         print_freq=args.print_freq,
         tensorboard=args.tensorboard,
     )
-    if knn and epoch == 0:
-        log.row(0, knn=knn(model.base_encoder, autocast))
-        log.say(f"kNN {log.knn:.1f} % before training, k {knn.k}, bank {len(knn.chosen):,}")
-
-    while epoch < args.epochs:
-        batches.epoch = epoch
-        train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, epoch, args, log)
-        epoch += 1
-        measure = knn and (epoch % args.knn_every == 0 or epoch == args.epochs)
-        if measure:
-            log.row(epoch * len(batches), knn=knn(model.base_encoder, autocast))
-        if distributed.rank() == 0:
-            keep = args.save_every and epoch % args.save_every == 0
-            state = training_state(args, epoch, len(batches), model, optimizer, scaler)
-            checkpoint.save(folder, state, f"checkpoint_{epoch:04}.pth" if keep else None)
-        log.epoch(epoch, args.epochs, measure)
-    log.close()
+    with closing(log):
+        if knn and epoch == 0:
+            log.row(0, knn=knn(model.base_encoder, autocast))
+            log.say(f"kNN {log.knn:.1f} % before training, k {knn.k}, bank {len(knn.chosen):,}")
+        for batches.epoch in range(epoch, args.epochs):
+            train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, args, log)
+            epoch = batches.epoch + 1
+            new_knn = knn and (epoch % args.knn_every == 0 or epoch == args.epochs)
+            if new_knn:
+                log.row(epoch * len(batches), knn=knn(model.base_encoder, autocast))
+            if distributed.rank() == 0:
+                keep = args.save_every and epoch % args.save_every == 0
+                state = training_state(args, epoch, len(batches), model, optimizer, scaler)
+                checkpoint.save(folder, state, f"checkpoint_{epoch:04}.pth" if keep else None)
+            log.epoch(epoch, args.epochs, new_knn)
 
 
-def train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, epoch, args, log):
+def train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, args, log):
     """One pass over the data; `ddp` is `model`, or the model wrapped for several processes."""
     ddp.train()
     device = next(model.parameters()).device
     peak_lr = args.lr * args.batch_size / 256
-    for i, (crops, rows) in enumerate(log.timed(loader)):
-        t = epoch + i / len(loader)  # in epochs
+    first_step = loader.batch_sampler.epoch * len(loader)
+    for step, (crops, rows) in enumerate(log.timed(loader), first_step):
+        t = step / len(loader)  # in epochs
         lr = warmup_cosine(t, args.epochs, args.warmup_epochs, peak_lr)
         m = cosine_momentum(t, args.epochs, args.moco_m) if args.moco_m_cos else args.moco_m
         set_lr(optimizer, lr)
@@ -134,7 +139,7 @@ def train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, epoch, args
         scaler.step(optimizer)
         scaler.update()
         model.update_momentum_encoder(m)
-        log.step(epoch * len(loader) + i + 1, lr, m, loss=loss, **monitors)
+        log.step(step + 1, lr, m, loss=loss, **monitors)
 
 
 def find_previous(args, folder):
@@ -200,21 +205,24 @@ def first_views(crops, device, most=10):
 
 def describe(args, folder, dataset, batches, model, device, amp):
     """Prints what is about to run, once, and keeps it in args.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = versions()
-    setting = dict(world=distributed.world(), device=str(device), amp=str(amp), versions=found)
-    text = json.dumps(dict(args=vars(args), **setting), indent=2)
-    (folder / "args.json").write_text(text + "\n")
+    found, precision = versions(), f"{amp} autocast".removeprefix("torch.") if amp else "fp32"
+    run = dict(world=distributed.world(), device=str(device), precision=precision, versions=found)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(json.dumps(dict(args=vars(args), **run), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"can't write to --output-dir {folder}: {error.strerror}") from None
 
     parameters = sum(p.numel() for p in model.parameters())
     labels = f"{len(dataset.val):,} to validate" if dataset.val else dataset.note
     print(
         f"model   {args.arch}, {parameters:,} parameters with both encoders and predictor\n"
         f"data    {args.data}: {len(dataset.train):,} images to train on, {labels}\n"
-        f"batch   {args.batch_size} in {distributed.world()} process(es), {len(batches)} steps an "
+        f"batch   {args.batch_size} in {distributed.world()} process(es): {len(batches)} steps an "
         f"epoch, {batches.left_out} images left out of each\n"
-        f"rate    {args.lr:g} · {args.batch_size}/256 = {args.lr * args.batch_size / 256:g}\n"
-        f"device  {device}, {'full precision' if amp is None else amp}\n"
+        f"rate    {args.lr:g} · {args.batch_size}/256 = {args.lr * args.batch_size / 256:g}, "
+        f"{args.optimizer}\n"
+        f"device  {device}, {precision}\n"
         f"with    {', '.join(f'{name} {version}' for name, version in found.items())}\n"
         f"folder  {folder}",
         flush=True,

@@ -65,7 +65,7 @@ def main():
         "runs": runs,
         "device": setting["device"],
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "amp": setting["amp"],
+        "precision": setting["precision"],
         "versions": setting["versions"],
     }
     text = json.dumps(report, indent=2) + "\n"

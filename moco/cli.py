@@ -41,16 +41,12 @@ def shared_flags():
     add("-j", "--workers", type=count, default=min(8, os.cpu_count()), help="loaders per process")
     add("--epochs", type=count, default=100)
     add("-b", "--batch-size", type=positive, default=4096, help="of all processes together")
-    add("--lr", type=nonnegative, default=0.6, help="base rate; used: lr · batch/256")
-    add("--wd", "--weight-decay", type=nonnegative, default=1e-6)
-    add("--warmup-epochs", type=nonnegative, default=10)
-    add("--clip-grad", type=positive_float, help="largest norm of the gradient")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where "
         "the hardware computes in it")  # fmt: skip
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--seed", type=count, default=0, help="of weights, order and augmentation")
     add("--data-root", default="data", help="where named sets are downloaded to")
-    add("--output-dir", help="default: runs/ and the name of the first recipe, or of the arch")
+    add("--output-dir", help="of all that the run writes (default: runs/ARCH)")
     add("--resume", metavar="PATH", help="checkpoint to continue, or auto: the one in "
         "--output-dir, if there is one")  # fmt: skip
     add("-p", "--print-freq", type=positive, default=10, metavar="STEPS", help="steps between log "
@@ -100,7 +96,8 @@ def run(main, parse_args):
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
         code = error.code
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; --resume auto continues", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{script}: interrupted; --resume auto continues", file=sys.stderr)
         code = 130
     if torch.distributed.is_initialized() and not code:
         torch.distributed.destroy_process_group()

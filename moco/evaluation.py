@@ -7,6 +7,7 @@ from moco import augment, data
 from moco.builder import features, normalize
 from moco.distributed import gather, rank, world
 
+BATCH = 256  # images of one forward pass on one rank
 KNN_T = 0.07  # temperature of the votes (Wu et al. 2018, arXiv 1805.01978)
 
 
@@ -17,12 +18,13 @@ class KNN:
     bank of 10,000 and more, 20 for a smaller one. Every image counts once on any number of ranks.
     """
 
-    def __init__(self, dataset, size, bank_size, batch_size, workers, device):
+    def __init__(self, dataset, size, bank_size, workers, device):
         size_of_bank = min(bank_size, len(dataset.bank))
         self.chosen = torch.arange(size_of_bank) * len(dataset.bank) // size_of_bank
         self.k = min(200 if len(self.chosen) >= 10_000 else 20, len(self.chosen))
-        self.data, self.size, self.batch_size = dataset, size, batch_size
-        self.workers, self.device = workers, device
+        self.data, self.size, self.device = dataset, size, device
+        # Starting workers takes longer than to hand over what is in memory already.
+        self.workers = workers if isinstance(dataset.val, data.Files) else 0
 
     @torch.no_grad()
     def __call__(self, encoder, autocast):
@@ -44,7 +46,7 @@ class KNN:
 
     def _features(self, encoder, autocast, source, indices):
         """Normalised features of this rank's share, indices[rank::world] → [n, d]."""
-        share = indices[rank() :: world()].split(self.batch_size)
+        share = indices[rank() :: world()].split(BATCH)
         loader = data.create_loader(
             data.CentreCrop(source, self.size), share, self.workers, self.device
         )

@@ -91,8 +91,8 @@ class Log:
             last = self.folder / checkpoint.LAST
             raise UserError(
                 f"the loss became {losses[bad][0]:f} in epoch {epoch}, iteration {iteration} (both "
-                f"from 0); last good checkpoint: {last if last.exists() else 'none yet'}; lower "
-                "--lr, --amp bf16 or off, --stop-grad-conv1 and --clip-grad are what helps",
+                f"from 0); last good checkpoint: {last if last.exists() else 'none yet'}; what "
+                "helps: a lower --lr, --clip-grad, --stop-grad-conv1, --amp bf16 or off",
                 code=1,
             )
 

@@ -39,7 +39,7 @@ def test_k_and_bank_follow_the_size_of_the_set():
     def monitor(n, bank_size):
         images = Arrays(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), torch.zeros(n))
         data = Data(images, images, images, 1)
-        return KNN(data, (1, 1), bank_size, 8, 0, torch.device("cpu"))
+        return KNN(data, (1, 1), bank_size, 0, torch.device("cpu"))
 
     assert monitor(1000, 50_000).k == 20 and len(monitor(1000, 50_000).chosen) == 1000
     assert monitor(20_000, 50_000).k == 200
@@ -48,7 +48,7 @@ def test_k_and_bank_follow_the_size_of_the_set():
 
 
 def test_digits_pixels_are_recognised():
-    monitor = KNN(load_data("digits"), (16, 16), 50_000, 100, 0, torch.device("cpu"))
+    monitor = KNN(load_data("digits"), (16, 16), 50_000, 0, torch.device("cpu"))
     assert monitor(Pixels(), contextlib.nullcontext) > 97
 
 
@@ -56,7 +56,7 @@ def test_the_model_is_left_in_training_mode_and_unchanged():
     digits = load_data("digits")
     encoder = create_backbone("resnet18", 16).train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    KNN(digits, (16, 16), 100, 64, 0, torch.device("cpu"))(encoder, contextlib.nullcontext)
+    KNN(digits, (16, 16), 100, 0, torch.device("cpu"))(encoder, contextlib.nullcontext)
     assert encoder.training
     assert all(torch.equal(v, before[key]) for key, v in encoder.state_dict().items())
 

@@ -115,6 +115,7 @@ BAD = {
     "long warm-up": ("digits {tiny} --warmup-epochs 9", 2, "--warmup-epochs 9 of 2 --epochs"),
     "three sides": ("digits {tiny} --img-size 16 16 16", 2, "--img-size"),
     "fp16 on a CPU": ("digits {tiny} --amp fp16", 2, "--amp fp16 needs a CUDA GPU"),
+    "a file for the output": ("digits {tiny} --output-dir {tmp}/bad.txt", 2, "can't write to"),
     "stop-grad on a ResNet": (
         "digits -b 64 -a resnet18 --stop-grad-conv1 --device cpu", 2, "is for ViTs",
     ),
@@ -128,7 +129,7 @@ def test_bad_input_gets_one_line(script, tmp_path, name):
     line, expected, words = BAD[name]
     line = line.format(tmp=tmp_path, root=ROOT, tiny=" ".join(TINY[1:]))
     run = tmp_path / "run"
-    code, out, err = script("main_moco.py", *line.split(), "--output-dir", run)
+    code, out, err = script("main_moco.py", "--output-dir", run, *line.split())
     assert (code, err.count("\n")) == (expected, 1), out + err
     assert err.startswith("main_moco.py: error: ") and words in err
     assert not run.exists()

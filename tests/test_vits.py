@@ -60,10 +60,21 @@ def test_parameter_counts_of_the_whole_model(arch, expected):
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
-@pytest.mark.parametrize("arch, heads", [("vit_small", 12), ("vit_base", 12), ("vit_large", 16)])
-def test_number_of_heads(arch, heads):
+@pytest.mark.parametrize(
+    "arch, heads, patch",
+    [
+        ("vit_small", 12, 16),
+        ("vit_base", 12, 16),
+        ("vit_large", 16, 16),
+        ("vit_huge", 16, 14),
+        ("vit_conv_small", 12, 16),
+    ],
+)
+def test_heads_and_patches(arch, heads, patch):
     with torch.device("meta"):
-        assert create_backbone(arch).blocks[0].attn.num_heads == heads
+        vit = create_backbone(arch)
+    assert vit.blocks[0].attn.num_heads == heads
+    assert vit.patch_embed.patch_size == (patch, patch)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +82,6 @@ def test_number_of_heads(arch, heads):
     [
         ("vit_nano", 16, 4, (2, 128)),
         ("vit_tiny", (32, 48), 8, (2, 192)),
-        ("vit_huge", 28, None, (2, 1280)),
         ("vit_conv_small", (64, 32), None, (2, 384)),
         ("vit_conv_nano", (16, 24), 4, (2, 128)),
         ("resnet18", 32, None, (2, 512)),
