@@ -78,7 +78,7 @@ class VisionTransformer(TimmViT):
 class ConvStem(nn.Module):
     """3×3 stride-2 convolutions with BN and ReLU, then 1×1: [N, C, H, W] → [N, H/p·W/p, d].
 
-    Patch p = 16 takes four of them, widths d/8, d/4, d/2, d; another power of two as many as it is.
+    A patch of p = 2ⁿ takes n of them; p = 16 has the widths d/8, d/4, d/2, d.
     """
 
     def __init__(self, img_size, patch_size, in_chans, embed_dim, **_):
@@ -138,7 +138,7 @@ def create_backbone(arch, img_size=224, patch_size=None, stop_grad_conv1=False, 
         patch = pair(patch_size or config.get("patch_size", 16))
         config["patch_size"] = patch
         if conv_stem and patch not in ((2, 2), (4, 4), (8, 8), (16, 16), (32, 32)):
-            raise UserError(f"the stem of {arch} halves: --patch-size must be 2, 4, 8, 16 or 32")
+            raise UserError(f"each layer of {arch}'s stem halves: --patch-size 2, 4, 8, 16 or 32")
         if any(side % p for side, p in zip(pair(img_size), patch)):
             raise UserError(
                 f"an image of {size_text(img_size)} can't be cut into patches of "

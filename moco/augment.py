@@ -57,10 +57,10 @@ def augment(images, rows):
     waits for the device and each operation costs only the images it changes.
     """
     x = images.float() / 255
-    device_rows = rows.to(x.device, non_blocking=True)
+    device_rows = rows.to(x.device, non_blocking=x.is_cuda)
 
     def apply(operation, chosen, column):
-        i = chosen.nonzero().squeeze(1).to(x.device, non_blocking=True)
+        i = chosen.nonzero().squeeze(1).to(x.device, non_blocking=x.is_cuda)
         if len(i) == len(x):
             x.copy_(operation(x, device_rows[:, column]))
         elif len(i):

@@ -43,7 +43,7 @@ class MoCo(nn.Module):
         q1, q2 = self.predictor(projector(self.base_encoder)(h))  # [N, C] each
         with torch.no_grad():
             k = projector(self.momentum_encoder)(self.encode(self.momentum_encoder, x1, x2))
-            k1, k2 = gather(normalize(k)).transpose(0, 1).flatten(1, 2)  # [world·N, C] each
+            k1, k2 = gather(unit(k)).transpose(0, 1).flatten(1, 2)  # [world·N, C] each
 
         loss1, top1 = contrastive_loss(q1, k2, self.T)
         loss2, top2 = contrastive_loss(q2, k1, self.T)
@@ -69,7 +69,7 @@ def contrastive_loss(q, k, T):
     Row i of q belongs to row rank·N + i of k. Logits and loss are in fp32 whatever autocast says.
     """
     with torch.autocast(q.device.type, enabled=False):
-        logits = normalize(q) @ k.T / T  # [N, world·N]
+        logits = unit(q) @ k.T / T  # [N, world·N]
         labels = torch.arange(len(q), device=q.device) + rank() * len(q)
         top1 = (logits.detach().argmax(1) == labels).float().mean()
         return 2 * T * F.cross_entropy(logits, labels), top1
@@ -105,7 +105,8 @@ def features(encoder, x):
     return x.flatten(1)
 
 
-def normalize(x):
+def unit(x):
+    """Rows of length 1, in fp32 at least."""
     return F.normalize(at_least_fp32(x), dim=-1)
 
 
@@ -114,4 +115,4 @@ def spread(h):
 
     h: [2, N, d] → scalar; 1 if features fill the sphere evenly. (SimSiam, Sec. 4.1)
     """
-    return normalize(h).std(dim=1).mean() * h.shape[-1] ** 0.5
+    return unit(h).std(dim=1).mean() * h.shape[-1] ** 0.5

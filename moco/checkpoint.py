@@ -33,7 +33,7 @@ def save(folder, state, keep_as=None):
 
 
 def load(path):
-    """A checkpoint's dict, tensors on the CPU; UserError if it is missing, damaged or no such."""
+    """A checkpoint's dict, tensors on the CPU; UserError if it is missing, damaged or none."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
@@ -42,7 +42,7 @@ def load(path):
     except Exception as error:  # whatever a damaged or foreign file provokes
         raise UserError(f"{path} can't be read as a checkpoint: {type(error).__name__}") from None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path} is no checkpoint of this project: it has no 'state_dict'")
+        raise UserError(f"{path} is no checkpoint: it has no 'state_dict'")
     return checkpoint
 
 
@@ -64,8 +64,9 @@ def load_model(model, checkpoint, path):
         raise UserError(f"{path} was trained with {heads} heads, this model has {own}")
 
     expected = model.state_dict()
-    for key in expected:  # the position table is fixed: another image size has its own
-        if key.endswith(".pos_embed") and key in state:
+    for key in state.keys() & expected.keys():
+        # The position table is fixed, and another image size has its own.
+        if key.endswith(".pos_embed") and state[key].shape != expected[key].shape:
             state[key] = expected[key]
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     shared = expected.keys() & state.keys()

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import sys
 
@@ -23,7 +24,13 @@ class Parser(argparse.ArgumentParser):
         )
 
     def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
+        return shlex.split(re.sub(r"(^|\s)#.*", "", line))
+
+    def parse_args(self, *args):
+        try:
+            return super().parse_args(*args)
+        except ValueError as error:  # from a recipe: no text, or a quotation without its end
+            self.error(f"can't read the recipe: {error}")
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -35,16 +42,18 @@ def shared_flags():
     add = parser.add_argument
     add("data", metavar="DIR", help=f"folder of images, or one of: {' '.join(NAMES)}")
     add("-a", "--arch", default="resnet50", help="vits.py lists them")
-    add("--img-size", type=side, nargs="+", default=[224], action=Size, metavar="PIXELS",
+    add("--img-size", type=side, nargs="+", default=(224, 224), action=Size, metavar="PIXELS",
         help="side, or height and width")  # fmt: skip
-    add("--patch-size", type=positive, help="of a ViT (default: its own)")
-    add("-j", "--workers", type=count, default=min(8, os.cpu_count()), help="loaders per process")
-    add("--epochs", type=count, default=100)
+    add("--patch-size", type=side, nargs="+", action=Size, metavar="PIXELS", help="of a ViT, side "
+        "or height and width (default: its own)")  # fmt: skip
+    add("-j", "--workers", type=count, default=min(8, cores()), help="data-loading processes for "
+        "each training process")  # fmt: skip
+    add("--epochs", type=count, default=100, help="passes over the data")
     add("-b", "--batch-size", type=positive, default=4096, help="of all processes together")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where "
         "the hardware computes in it")  # fmt: skip
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--seed", type=count, default=0, help="of weights, order and augmentation")
+    add("--seed", type=seed, default=0, help="of weights, order and augmentation")
     add("--data-root", default="data", help="where named sets are downloaded to")
     add("--output-dir", help="of all that the run writes (default: runs/ARCH)")
     add("--resume", metavar="PATH", help="checkpoint to continue, or auto: the one in "
@@ -56,12 +65,17 @@ def shared_flags():
 
 
 class Size(argparse.Action):
-    """One side or two."""
+    """One side or two → (height, width)."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if len(values) > 2:
             raise argparse.ArgumentError(self, "takes one side, or height and width")
-        setattr(namespace, self.dest, values)
+        setattr(namespace, self.dest, (values[0], values[-1]))
+
+
+def cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _number(kind, good, what):
@@ -82,7 +96,8 @@ count = _number(int, lambda v: v >= 0, "a whole number, 0 or more")
 nonnegative = _number(float, lambda v: 0 <= v < float("inf"), "a number, 0 or more")
 positive_float = _number(float, lambda v: 0 < v < float("inf"), "a number above 0")
 share = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-side = _number(int, lambda v: v > 0, "a side in pixels (DIR goes before --img-size)")
+side = _number(int, lambda v: v > 0, "a side in pixels (DIR goes before it)")
+seed = _number(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2³² − 1")
 
 
 def run(main, parse_args):
@@ -92,7 +107,7 @@ def run(main, parse_args):
         main(parse_args())
         code = 0
     except UserError as error:
-        if error.everywhere or os.environ.get("RANK", "0") == "0":
+        if error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{script}: error: {error}", file=sys.stderr, flush=True)
         code = error.code
     except KeyboardInterrupt:

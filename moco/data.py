@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms.v2 import functional as tv
 
-from moco import UserError, augment, distributed
+from moco import UserError, distributed, reason
+from moco.augment import COLUMNS, draw
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg, read_file
@@ -77,10 +78,14 @@ def decode(path):
             except RuntimeError:
                 pass  # PIL reads some that it doesn't, and says better what is wrong
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("pixels are floats, whose range is unknown")
             return tv.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # PIL raises nearly anything on a broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"unreadable image {path}: {reason}", code=1, everywhere=True) from None
+        message = f"unreadable image {path}: {reason(error)}"
+        raise UserError(message, code=1, everywhere=True) from None
 
 
 def load_data(where, data_root="data"):
@@ -92,11 +97,12 @@ def load_data(where, data_root="data"):
     if where in NAMES:
         if where == "digits":
             return _digits()
-        # Rank 0 downloads; the others find the files in place.
-        if distributed.rank():
+        # One process of a host downloads; the others find the files in place.
+        first = distributed.local_rank() == 0
+        if not first:
             distributed.barrier()
-        data = _torchvision(where, data_root)
-        if not distributed.rank():
+        data = _torchvision(where, data_root, download=first)
+        if first:
             distributed.barrier()
         return data
 
@@ -114,6 +120,8 @@ def load_data(where, data_root="data"):
     if not (root / "val").is_dir():
         return Data(train, None, None, len(classes), "no val/ beside train/; kNN is off")
     val, val_classes = _class_folder(root / "val")
+    if not val_classes:
+        raise UserError(f"{root}/val has no class folders, while train/ has {len(classes)}")
     if strange := sorted(set(val_classes) - set(classes)):
         raise UserError(f"{root}/val has classes that train/ lacks: {' '.join(strange[:5])}")
     renumber = torch.tensor([classes.index(name) for name in val_classes])
@@ -123,9 +131,12 @@ def load_data(where, data_root="data"):
 
 def _class_folder(root):
     """root/CLASS/…/image → Files with labels, class names; no class folders: no labels, []."""
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    entries = list(os.scandir(root))
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
     if not classes:
         return Files(root, _list(root)), []
+    if loose := [e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and e.is_file()]:
+        raise UserError(f"{root} has class folders and {len(loose)} images beside them: {loose[0]}")
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = _list(root / name)
@@ -139,13 +150,16 @@ def _list(root):
     found, folders = [], [""]
     while folders:
         folder = folders.pop()
-        with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:
-                path = os.path.join(folder, entry.name)
-                if entry.is_dir():
-                    folders.append(path)
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    found.append(path)
+        try:
+            entries = list(os.scandir(os.path.join(root, folder)))
+        except OSError as error:
+            raise UserError(f"can't list {root}/{folder}: {error.strerror}") from None
+        for entry in entries:
+            path = os.path.join(folder, entry.name)
+            if entry.is_dir():
+                folders.append(path)
+            elif entry.name.lower().endswith(EXTENSIONS):
+                found.append(path)
     if not found:
         raise UserError(f"{root} holds no images (looked for {' '.join(EXTENSIONS)})")
     return sorted(found)
@@ -164,7 +178,7 @@ def _digits():
     return Data(train, train, Arrays(images[val], labels[val]), 10)
 
 
-def _torchvision(name, data_root):
+def _torchvision(name, data_root, download):
     def arrays(dataset):
         images = np.asarray(dataset.data)  # CIFAR: [n, H, W, 3], STL: [n, 3, H, W]
         images = images if images.shape[1] == 3 else images.transpose(0, 3, 1, 2)
@@ -175,17 +189,18 @@ def _torchvision(name, data_root):
     try:
         if name == "stl10":
             split = {
-                split: arrays(datasets.STL10(data_root, split, download=True))
+                split: arrays(datasets.STL10(data_root, split, download=download))
                 for split in ("train+unlabeled", "train", "test")
             }
             return Data(split["train+unlabeled"], split["train"], split["test"], 10)
         dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-        train, val = (arrays(dataset(data_root, train, download=True)) for train in (True, False))
+        train, val = (
+            arrays(dataset(data_root, train, download=download)) for train in (True, False)
+        )
         return Data(train, train, val, int(train.labels.max()) + 1)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"no {name} under --data-root {data_root}, and no download: {reason}"
+            f"no {name} under --data-root {data_root}, and no download: {reason(error)}"
         ) from None
 
 
@@ -202,6 +217,8 @@ class EpochBatches(Sampler):
                 f"--batch-size {batch_size} (of all processes together) does not divide by "
                 f"{distributed.world()} processes"
             )
+        if batch_size < 2 * distributed.world():
+            raise UserError(f"--batch-size {batch_size}: BatchNorm needs 2 images in each process")
         if images < batch_size:
             raise UserError(f"{images} images don't fill one --batch-size {batch_size}: lower it")
         self.images, self.batch_size, self.seed, self.epoch = images, batch_size, seed, 0
@@ -211,7 +228,8 @@ class EpochBatches(Sampler):
         return self.images // self.batch_size
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.images)
+        rng = np.random.default_rng((self.seed, self.epoch, 0, 1))  # unlike that of any image
+        order = rng.permutation(self.images)
         batches = order[: len(self) * self.batch_size].reshape(len(self), distributed.world(), -1)
         for batch in batches[:, distributed.rank()]:
             yield [(self.epoch, int(index)) for index in batch]
@@ -229,7 +247,7 @@ class TwoCrops:
 
     def __getitems__(self, keys):
         crops = torch.empty(2, len(keys), 3, *self.size, dtype=torch.uint8)
-        rows = np.empty((2, len(keys), augment.COLUMNS), np.float32)
+        rows = np.empty((2, len(keys), COLUMNS), np.float32)
         for n, (epoch, index) in enumerate(keys):
             rng = np.random.default_rng((self.seed, epoch, index))
             try:
@@ -239,7 +257,7 @@ class TwoCrops:
             for view in range(2):
                 box = crop_box(rng, *image.shape[1:], self.crop_min)
                 crops[view, n] = resized_crop(image, box, self.size)
-                rows[view, n] = augment.draw(rng, view)
+                rows[view, n] = draw(rng, view)
         return crops, torch.from_numpy(rows)
 
     def __len__(self):

@@ -20,7 +20,7 @@ def set_up(device="auto", amp="auto"):
     `amp` auto: bf16 where the hardware computes in it, fp16 on older CUDA, off elsewhere.
     """
     if device == "auto":
-        mps = torch.backends.mps.is_available()
+        mps = torch.backends.mps.is_available() and "RANK" not in os.environ
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; --device cpu would run")
@@ -28,19 +28,18 @@ def set_up(device="auto", amp="auto"):
         raise UserError("--device mps needs an Apple GPU and runs one process, without torchrun")
 
     if device == "cuda":
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local_rank >= gpus:
+        gpus = torch.cuda.device_count()
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
             raise UserError(f"more processes than GPUs on this host: use --nproc_per_node={gpus}")
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank())
     device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     if "RANK" in os.environ:
         backend, pinned = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=pinned)
     amp = _amp_dtype(amp, device)
-    if device.type == "cpu" and amp:
-        # The backward of torch's fused attention in bf16 is 2 to 9 times slower on a CPU than that
-        # of the explicit softmax (benchmarks/attention.py).
-        set_fused_attn(False)
+    # In bf16 on a CPU torch's fused attention is slower than the explicit softmax, several times
+    # over (benchmarks/attention.py).
+    set_fused_attn(not (device.type == "cpu" and amp))
     return device, amp
 
 
@@ -50,6 +49,11 @@ def rank():
 
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank():
+    """Rank among the processes of this host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def barrier():
@@ -75,13 +79,13 @@ def parallel(model, device):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        everyone = x.new_empty(world(), *x.shape)
-        dist.all_gather_into_tensor(everyone, x.contiguous())
-        return everyone
+        everyone = x.new_empty(world() * x.numel())  # flat, the one form that gloo and NCCL share
+        dist.all_gather_into_tensor(everyone, x.flatten())
+        return everyone.view(world(), *x.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd's own stays as it is
         dist.all_reduce(grad)
         return grad[rank()]
 
@@ -102,6 +106,17 @@ def average(x):
         dist.all_reduce(x)
         x /= world()
     return x
+
+
+def check_agreement(device, **numbers):
+    """UserError if the ranks don't hold the same numbers: hosts that see different files, say."""
+    everyone = gather(torch.tensor(list(numbers.values()), device=device))  # [world, numbers]
+    for name, values in zip(numbers, everyone.T.tolist()):
+        if len(set(values)) > 1:
+            raise UserError(
+                f"the processes disagree about {name}: {sorted(set(values))}; do all hosts see the "
+                "same data and the same --output-dir?"
+            )
 
 
 class ViewBatchNorm(nn.BatchNorm1d):

@@ -3,8 +3,9 @@
 import torch
 import torch.distributed as dist
 
-from moco import augment, data
-from moco.builder import features, normalize
+from moco import UserError, data
+from moco.augment import normalize
+from moco.builder import features, unit
 from moco.distributed import gather, rank, world
 
 BATCH = 256  # images of one forward pass on one rank
@@ -20,6 +21,8 @@ class KNN:
 
     def __init__(self, dataset, size, bank_size, workers, device):
         size_of_bank = min(bank_size, len(dataset.bank))
+        if min(size_of_bank, len(dataset.val)) < world():
+            raise UserError("kNN needs an image of bank and val for each process: --knn-every 0")
         self.chosen = torch.arange(size_of_bank) * len(dataset.bank) // size_of_bank
         self.k = min(200 if len(self.chosen) >= 10_000 else 20, len(self.chosen))
         self.data, self.size, self.device = dataset, size, device
@@ -52,9 +55,9 @@ class KNN:
         )
         found = []
         for images in data.checked(loader):
-            x = augment.normalize(images.to(self.device, non_blocking=True).float() / 255)
+            images = images.to(self.device, non_blocking=self.device.type == "cuda")
             with autocast():
-                found.append(normalize(features(encoder, x)))
+                found.append(unit(features(encoder, normalize(images.float() / 255))))
         return torch.cat(found)
 
 

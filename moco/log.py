@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from moco import UserError, augment, checkpoint
+from moco import UserError, checkpoint
+from moco.augment import denormalize
 from moco.data import checked
 from moco.distributed import average, rank
 
@@ -25,20 +26,26 @@ class Log:
     ):
         self.folder, self.epoch_steps, self.batch_size = Path(folder), epoch_steps, batch_size
         self.chance, self.print_freq = chance, print_freq
-        self.knn, self.latest, self.pending, self.names = None, {}, [], ()
-        self.waited, self.since, self.drawn = 0.0, time.perf_counter(), 0.0
-        self.first, self.file, self.board, self.bar = rank() == 0, None, None, None
-        if not self.first:
+        self.knn = None  # the last one measured
+        self.pending, self.names = [], ()  # scalars on the device, not read yet
+        self.latest = {}  # the last training line
+        self.waited, self.since = 0.0, time.perf_counter()  # since that line, in seconds
+        self.drawn = 0.0
+        self.speaks = rank() == 0
+        self.file = self.board = self.bar = None
+        if not self.speaks:
             return
 
         path = self.folder / "log.jsonl"
         rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        trimmed = path.with_suffix(".tmp")
+        trimmed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        trimmed.replace(path)
         self.file = open(path, "a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(self.folder, purge_step=step)
+            self.board = SummaryWriter(self.folder, purge_step=step + 1 if step else 0)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -48,7 +55,7 @@ class Log:
         """A line of text, above the bar if there is one."""
         if self.bar:
             self.bar.write(text)
-        elif self.first:
+        elif self.speaks:
             print(text, flush=True)
 
     def timed(self, loader):
@@ -87,18 +94,29 @@ class Log:
     def _check(self, step, losses):
         bad = ~losses.isfinite()
         if bad.any():
-            epoch, iteration = divmod(step - len(losses) + int(bad.nonzero()[0]), self.epoch_steps)
-            last = self.folder / checkpoint.LAST
-            raise UserError(
-                f"the loss became {losses[bad][0]:f} in epoch {epoch}, iteration {iteration} (both "
-                f"from 0); last good checkpoint: {last if last.exists() else 'none yet'}; what "
-                "helps: a lower --lr, --clip-grad, --stop-grad-conv1, --amp bf16 or off",
-                code=1,
+            self._stop(
+                f"loss became {losses[bad][0]:f}", step - len(losses) + int(bad.int().argmax())
             )
+
+    def check_weights(self, step, model):
+        """Stops the run if a weight is no number: the last step of an epoch shows in no loss."""
+        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+        if not norms.isfinite().all():
+            self._stop("weights are no numbers any more", step - 1)
+
+    def _stop(self, what, step):
+        epoch, iteration = divmod(step, self.epoch_steps)
+        last = self.folder / checkpoint.LAST
+        raise UserError(
+            f"the {what} in epoch {epoch}, iteration {iteration} (both from 0); last good "
+            f"checkpoint: {last if last.exists() else 'none yet'}; what helps: a lower --lr, "
+            "--clip-grad, --stop-grad-conv1, --amp bf16 or off",
+            code=1,
+        )
 
     def row(self, step, **values):
         """One line of log.jsonl; `epoch` has fractions."""
-        if not self.first:
+        if not self.speaks:
             return
         self.knn = values.get("knn", self.knn)
         values = {key: float(f"{value:.6g}") for key, value in values.items()}
@@ -114,7 +132,7 @@ class Log:
 
     def epoch(self, epoch, epochs, new_knn):
         """The line after an epoch. Beside a bar only those with a new kNN are worth one."""
-        if not self.first:
+        if not self.speaks:
             return
         if new_knn or not self.bar:
             last = self.latest
@@ -185,7 +203,7 @@ def draw_views(folder, x1, x2, most=10):
     for row, (views, name) in enumerate(((x1, "view 1"), (x2, "view 2"))):
         for column in range(n):
             axes = figure.add_subplot(2, n, row * n + column + 1, xticks=[], yticks=[])
-            image = augment.denormalize(views[column].float().cpu()).clamp(0, 1)
+            image = denormalize(views[column].float().cpu()).clamp(0, 1)
             axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             if column == 0:
                 axes.set_ylabel(name)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.layers import set_fused_attn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,6 +25,7 @@ TINY = (
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+    set_fused_attn(True)  # set_up may have chosen otherwise
 
 
 @pytest.fixture

@@ -73,6 +73,14 @@ def test_ranks_share_the_batches_of_one_process(world, monkeypatch):
     assert [list(chain(*parts)) for parts in zip(*shards)] == expected
 
 
+@pytest.mark.parametrize(
+    "images, batch, words", [(7, 8, "don't fill one"), (7, 1, "BatchNorm needs 2 images")]
+)
+def test_batches_that_cannot_train_are_refused(images, batch, words):
+    with pytest.raises(UserError, match=words):
+        EpochBatches(images, batch, seed=0)
+
+
 def test_batches_change_with_epoch_and_seed():
     first = EpochBatches(100, 10, seed=0)
     order = list(first)
@@ -129,6 +137,16 @@ def test_plain_folder_has_no_labels_and_says_so(image_file, tmp_path):
     assert "kNN is off" in data.note
 
 
+def test_folders_with_images_out_of_place_are_refused(image_file, tmp_path):
+    for name in ("train/a/x.png", "val/y.png"):
+        image_file(name)
+    with pytest.raises(UserError, match="val has no class folders"):
+        load_data(str(tmp_path))
+    image_file("train/z.png")
+    with pytest.raises(UserError, match="1 images beside them"):
+        load_data(str(tmp_path))
+
+
 def test_folder_without_val_has_no_knn(image_file, tmp_path):
     image_file("train/a/x.png")
     assert "no val/" in load_data(str(tmp_path)).note
@@ -159,6 +177,15 @@ def test_decodes_what_cameras_and_programs_write(image_file, name, mode, save):
     assert image.shape == (3, 40, 60) and image.dtype == torch.uint8
     expected = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
     assert (image.float() - expected.float()).abs().mean() < 3  # two JPEG decoders
+
+
+def test_16_bits_a_pixel_keep_their_range(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for name in ("ramp.png", "ramp.tiff"):
+        Image.fromarray(ramp).save(tmp_path / name)
+        image = decode(str(tmp_path / name))
+        assert image.shape == (3, 8, 8) and image.min() == 0 and image.max() == 255
+        assert (image[0].float() - torch.from_numpy(ramp / 257)).abs().max() < 1
 
 
 def test_photographs_come_upright(image_file):

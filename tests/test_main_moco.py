@@ -7,8 +7,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY, launch
 
-from moco import checkpoint
+import main_moco
+from moco import UserError, checkpoint
+from moco.builder import MoCo
 from moco.log import read_rows
+from moco.optimizer import create_optimizer
 
 
 def weights(folder):
@@ -52,8 +55,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, monkeypa
     assert code == 130 and "--resume auto" in err and len(saved) == 1
     monkeypatch.setattr(checkpoint, "save", save)
     assert script("main_moco.py", *TINY, "--output-dir", broken, "--resume", "auto")[0] == 0
+    resumed = weights(broken)
     for key, value in weights(whole).items():
-        assert torch.equal(value, weights(broken)[key]), key
+        assert torch.equal(value, resumed[key]), key
     timing = {"images_per_s", "data_wait"}
     for row, other in zip(*(read_rows(folder / "log.jsonl") for folder in (whole, broken))):
         assert {k: v for k, v in row.items() if k not in timing} == {
@@ -112,7 +116,8 @@ BAD = {
     "no number": ("digits {tiny} --epochs ten", 2, "'ten' is not a whole number"),
     "negative": ("digits {tiny} --lr -1", 2, "'-1' is not a number, 0 or more"),
     "not a number": ("digits {tiny} --moco-t nan", 2, "'nan' is not a number above 0"),
-    "long warm-up": ("digits {tiny} --warmup-epochs 9", 2, "--warmup-epochs 9 of 2 --epochs"),
+    "long warm-up": ("digits {tiny} --warmup-epochs 9", 2, "9 is more than --epochs 2"),
+    "two beginnings": ("digits {tiny} --init-from a --resume b", 2, "give one of them"),
     "three sides": ("digits {tiny} --img-size 16 16 16", 2, "--img-size"),
     "fp16 on a CPU": ("digits {tiny} --amp fp16", 2, "--amp fp16 needs a CUDA GPU"),
     "a file for the output": ("digits {tiny} --output-dir {tmp}/bad.txt", 2, "can't write to"),
@@ -157,6 +162,37 @@ def test_a_folder_with_a_run_is_not_overwritten(script, tmp_path):
     assert (tmp_path / checkpoint.LAST).read_bytes() == before
 
 
+def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(script, tmp_path, monkeypatch):
+    argv = (*TINY, "--output-dir", tmp_path, "--resume", "auto")
+    monkeypatch.setattr(checkpoint, "save", lambda *args: None)
+    update = MoCo.update_momentum_encoder
+
+    def poisoned(model, m):  # the last step of the first epoch
+        update(model, m)
+        poisoned.steps += 1
+        if poisoned.steps == 5:
+            model.momentum_encoder.cls_token.data.fill_(torch.nan)
+
+    poisoned.steps = 0
+    monkeypatch.setattr(MoCo, "update_momentum_encoder", poisoned)
+    code, _, err = script("main_moco.py", *argv)
+    assert code == 1 and "weights are no numbers any more in epoch 0, iteration 4" in err
+
+
+def test_resume_in_another_precision(script, tmp_path):
+    argv = (*TINY, "--output-dir", tmp_path, "--resume", "auto")
+    assert script("main_moco.py", *argv, "--amp", "off", "--epochs", 2)[0] == 0
+    state = checkpoint.load(tmp_path / checkpoint.LAST)
+    args = main_moco.parse_args([str(word) for word in argv])
+    model = main_moco.create_model(args, torch.device("cpu"))
+    optimizer = create_optimizer("adamw", model, 1e-3, 0)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)  # as for fp16
+    path = tmp_path / checkpoint.LAST
+    assert main_moco.resume(path, args, 5, model, optimizer, scaler) == state["epoch"] == 2
+    with pytest.raises(UserError, match="another number of images"):
+        main_moco.resume(path, args, 6, model, optimizer, scaler)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(script, tmp_path):
     code, _, err = script(
         "main_moco.py", *TINY, "--output-dir", tmp_path, "--amp", "off", "--lr", 1e30,
@@ -190,9 +226,10 @@ def test_two_ranks_equal_one(tmp_path, arch):
     for world in worlds[1:]:
         other = tmp_path / str(world)
         assert losses(other) == pytest.approx(losses(one), rel=1e-5)
+        theirs = weights(other)
         for key, value in weights(one).items():
             if value.is_floating_point():
-                difference = (weights(other)[key] - value).norm() / value.norm().clamp(min=1e-12)
+                difference = (theirs[key] - value).norm() / value.norm().clamp(min=1e-12)
                 assert difference < 1e-5, key
         rows = read_rows(other / "log.jsonl")
         assert [row["knn"] for row in rows if "knn" in row] == pytest.approx(knn, abs=0.6)

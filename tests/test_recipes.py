@@ -28,7 +28,7 @@ def test_recipe_has_the_published_numbers(name):
     args = main_moco.parse_args([f"@{ROOT}/recipes/{name}.txt", "DIR"])
     found = vars(args) | {"stop_grad": args.stop_grad_conv1, "clip": args.clip_grad}
     assert tuple(found[column] for column in COLUMNS) == ROWS[name]
-    assert (args.batch_size, args.moco_m_cos, args.img_size) == (4096, True, [224])
+    assert (args.batch_size, args.moco_m_cos, args.img_size) == (4096, True, (224, 224))
     assert (args.moco_dim, args.moco_mlp_dim) == (256, 4096)
     assert args.data == "DIR" and args.output_dir == f"runs/{name}"
 
@@ -36,6 +36,6 @@ def test_recipe_has_the_published_numbers(name):
 def test_every_recipe_is_in_the_table_and_later_flags_win():
     files = {path.stem for path in (ROOT / "recipes").glob("*.txt")}
     assert files == {*ROWS, "digits"}
-    args = main_moco.parse_args([f"@{ROOT}/recipes/digits.txt", "--epochs", "3"])
-    assert args.data == "digits" and args.epochs == 3
-    create_backbone(args.arch, args.img_size[0], args.patch_size, args.stop_grad_conv1)
+    args = main_moco.parse_args([f"@{ROOT}/recipes/digits.txt", "--epochs", "9"])
+    assert args.data == "digits" and args.epochs == 9
+    create_backbone(args.arch, args.img_size, args.patch_size, args.stop_grad_conv1)

@@ -121,7 +121,7 @@ def test_resnet_residual_branches_start_at_zero():
         (dict(arch="resnet50", stop_grad_conv1=True), "--stop-grad-conv1 is for ViTs"),
         (dict(arch="vit_conv_small", stop_grad_conv1=True), "no patch projection"),
         (dict(arch="resnet50", patch_size=8), "--patch-size is for ViTs"),
-        (dict(arch="vit_conv_base", patch_size=12), "must be 2, 4, 8, 16 or 32"),
+        (dict(arch="vit_conv_base", patch_size=12), "--patch-size 2, 4, 8, 16 or 32"),
         (dict(arch="vit_base", img_size=100), "100×100 can't be cut into patches of 16×16"),
     ],
 )

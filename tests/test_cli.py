@@ -1,0 +1,69 @@
+"""Flag files, numbers, and how a script ends."""
+
+import pytest
+
+from moco import UserError, cli
+
+
+def parser():
+    return cli.Parser(parents=[cli.shared_flags()])
+
+
+def test_recipes_hold_flags_comments_and_quoted_words(tmp_path):
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text(
+        "# a comment\nDIR  # another\n\n--epochs 3 -b 8\n--output-dir 'runs/my run#1'\n"
+    )
+    args = parser().parse_args([f"@{recipe}", "--epochs", "5"])
+    assert (args.data, args.epochs, args.batch_size) == ("DIR", 5, 8)
+    assert args.output_dir == "runs/my run#1"
+
+
+@pytest.mark.parametrize("content", [b"DIR --arch 'open", b"\xff\xfe DIR"])
+def test_recipe_that_cannot_be_read_is_refused(tmp_path, content):
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_bytes(content)
+    with pytest.raises(UserError, match="can't read the recipe"):
+        parser().parse_args([f"@{recipe}"])
+
+
+@pytest.mark.parametrize("words, size", [("96", (96, 96)), ("96 160", (96, 160))])
+def test_sizes_are_a_side_or_height_and_width(words, size):
+    args = parser().parse_args(["DIR", "--img-size", *words.split(), "--patch-size", "8"])
+    assert (args.img_size, args.patch_size) == (size, (8, 8))
+    with pytest.raises(UserError, match="DIR goes before it"):
+        parser().parse_args(["--img-size", *words.split(), "DIR"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--epochs -1", "--batch-size 0", "--seed 4294967296", "--print-freq 0", "--img-size 1 2 3"],
+)
+def test_numbers_out_of_range_are_refused(flags):
+    with pytest.raises(UserError, match=flags.split()[0]):
+        parser().parse_args(["DIR", *flags.split()])
+
+
+@pytest.mark.parametrize(
+    "error, local_rank, code, lines",
+    [
+        (UserError("wrong"), "0", 2, 1),
+        (UserError("wrong"), "1", 2, 0),
+        (UserError("wrong", code=1, everywhere=True), "1", 1, 1),
+        (KeyboardInterrupt(), "0", 130, 1),
+        (None, "0", 0, 0),
+    ],
+)
+def test_a_script_ends_with_one_line_and_its_code(
+    monkeypatch, capsys, error, local_rank, code, lines
+):
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setenv("RANK", local_rank)
+
+    def main(args):
+        if error:
+            raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, lambda: None)
+    assert stop.value.code == code and capsys.readouterr().err.count("\n") == lines
