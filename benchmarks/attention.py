@@ -8,7 +8,9 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -66,13 +68,13 @@ def main():
     if args.out:
         where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
         report = {
-            "command": "python benchmarks/attention.py",
+            "command": " ".join(["python benchmarks/attention.py", *sys.argv[1:]]),
             "hardware": f"{where}, {torch.get_num_threads()} CPU threads",
             "torch": str(torch.__version__),
             "rows": rows,
         }
-        with open(args.out, "w") as file:
-            file.write(json.dumps(report, indent=2) + "\n")
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

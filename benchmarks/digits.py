@@ -71,6 +71,7 @@ def main():
     text = json.dumps(report, indent=2) + "\n"
     print(text, end="")
     if args.out != "-":
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(text)
 
 
