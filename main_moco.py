@@ -98,8 +98,9 @@ def main(args):
     )
     with closing(log):
         if knn and first_epoch == 0:
-            log.row(0, knn=knn(model.base_encoder, autocast))
-            log.say(f"kNN {log.knn:.1f} % before training, k {knn.k}, bank {len(knn.chosen):,}")
+            accuracy = knn(model.base_encoder, autocast)
+            log.row(0, knn=accuracy)
+            log.say(f"kNN {accuracy:.1f} % before training, k {knn.k}, bank {len(knn.chosen):,}")
         for epoch in range(first_epoch, args.epochs):
             train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, epoch, args, log)
             done, step = epoch + 1, (epoch + 1) * len(batches)

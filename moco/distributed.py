@@ -1,5 +1,6 @@
 """Processes and devices: torchrun's set-up, collectives, BatchNorm over all ranks, AMP's choice."""
 
+import inspect
 import os
 import re
 from pathlib import Path
@@ -68,11 +69,14 @@ def parallel(model, device):
     """
     if world() == 1:
         return model
+    # The first is the new name; the old one warns where both are known.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{sync: False},
     )
 
 
