@@ -209,8 +209,9 @@ def losses(folder):
     return [row["loss"] for row in read_rows(folder / "log.jsonl") if "loss" in row]
 
 
-@pytest.mark.parametrize("arch", ["vit_nano", "resnet18"])
-def test_two_ranks_equal_one(tmp_path, arch):
+# A convolution over another batch size rounds in another order: ResNets agree a little less.
+@pytest.mark.parametrize("arch, bound", [("vit_nano", 1e-5), ("resnet18", 1e-4)])
+def test_two_ranks_equal_one(tmp_path, arch, bound):
     argv = " ".join(TINY).replace("vit_nano", arch)
     if arch == "resnet18":
         argv = argv.replace("--patch-size 4", "")
@@ -225,7 +226,7 @@ def test_two_ranks_equal_one(tmp_path, arch):
     knn = [row["knn"] for row in read_rows(one / "log.jsonl") if "knn" in row]
     for world in worlds[1:]:
         other = tmp_path / str(world)
-        assert losses(other) == pytest.approx(losses(one), rel=1e-5)
+        assert losses(other) == pytest.approx(losses(one), rel=bound)
         theirs = weights(other)
         for key, value in weights(one).items():
             if value.is_floating_point():
@@ -233,7 +234,7 @@ def test_two_ranks_equal_one(tmp_path, arch):
                 # difference: 1e-5 absolute there.
                 scale = value.norm() if value.norm() > 1e-5 else 1
                 difference = (theirs[key] - value).norm() / scale
-                assert difference < 1e-5, key
+                assert difference < bound, key
         rows = read_rows(other / "log.jsonl")
         assert [row["knn"] for row in rows if "knn" in row] == pytest.approx(knn, abs=0.6)
 
