@@ -25,7 +25,7 @@ from moco.builder import MoCo
 from moco.evaluation import KNN
 from moco.log import Log, draw_views, versions
 from moco.optimizer import cosine_momentum, create_optimizer, set_lr, warmup_cosine
-from vits import create_backbone
+from vits import RESNETS, create_backbone
 
 
 def parse_args(argv=None):
@@ -71,7 +71,7 @@ def main(args):
     if args.knn_every and dataset.val:
         knn = KNN(dataset, args.img_size, args.knn_bank, args.workers, device)
 
-    model = create_model(args, device)
+    model = create_model(args, device, amp)
     optimizer = create_optimizer(args.optimizer, model, args.lr, args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     first_epoch = 0
@@ -143,7 +143,12 @@ def train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, epoch, args
         log.step(step + 1, lr, m, loss=loss, **monitors)
 
 
-def create_model(args, device):
+def create_model(args, device, amp):
+    if amp and device.type == "cpu" and args.arch in RESNETS and min(args.img_size) <= 16:
+        # Taps of a 3×3 kernel that lie on padding alone (the last stage is 1 pixel wide) get
+        # uninitialised memory as their gradient, in torch 2.6 as in 2.15.
+        raise UserError("torch's bf16 gradients on a CPU are wrong for ResNets at 16 pixels or "
+                        "less: --amp off, or a larger --img-size")  # fmt: skip
     torch.manual_seed(args.seed)  # the same weights on every rank
     backbone = create_backbone(args.arch, args.img_size, args.patch_size, args.stop_grad_conv1)
     backbone = distributed.synchronize_batchnorm(backbone, device)

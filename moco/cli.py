@@ -6,10 +6,9 @@ import re
 import shlex
 import sys
 
-import torch
-
 from moco import UserError
 from moco.data import NAMES
+from moco.distributed import leave
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,6 +113,6 @@ def run(main, parse_args):
         if os.environ.get("RANK", "0") == "0":
             print(f"{script}: interrupted; --resume auto continues", file=sys.stderr)
         code = 130
-    if torch.distributed.is_initialized() and not code:
-        torch.distributed.destroy_process_group()
+    if not code:
+        leave()
     sys.exit(code)

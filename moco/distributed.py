@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import time
 from pathlib import Path
 
 import torch
@@ -42,6 +43,16 @@ def set_up(device="auto", amp="auto"):
     # over (benchmarks/attention.py).
     set_fused_attn(not (device.type == "cpu" and amp))
     return device, amp
+
+
+def leave():
+    """Takes this process out of the group, all of them together, after a run that succeeded."""
+    if dist.is_initialized():
+        dist.barrier()
+        # torch 2.6 destroys a gloo group with the GIL held, and waits forever for a thread of it
+        # that frees the tensors of the last collective and needs the GIL for that.
+        time.sleep(0.1)
+        dist.destroy_process_group()
 
 
 def rank():

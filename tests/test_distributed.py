@@ -49,8 +49,7 @@ def two_ranks(rank, check, port):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     check(rank)
-    dist.barrier()  # rank 0 keeps the store, so it leaves last
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 def on_two_ranks(check):

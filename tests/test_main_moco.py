@@ -70,7 +70,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, monkeypa
 def test_other_architectures_and_precisions_train(script, tmp_path, arch, amp):
     argv = " ".join(TINY).replace("vit_nano", arch)
     if arch == "resnet18":
-        argv = argv.replace("--patch-size 4", "")
+        argv = argv.replace("--img-size 16 --patch-size 4", "--img-size 32")
     code, _, err = script(
         "main_moco.py", *argv.split(), "--output-dir", tmp_path, "--amp", amp, "--epochs", 1,
         "--optimizer", "lars", "--clip-grad", 1, "--knn-every", 0,
@@ -123,6 +123,9 @@ BAD = {
     "a file for the output": ("digits {tiny} --output-dir {tmp}/bad.txt", 2, "can't write to"),
     "stop-grad on a ResNet": (
         "digits -b 64 -a resnet18 --stop-grad-conv1 --device cpu", 2, "is for ViTs",
+    ),
+    "a ResNet on tiny images in bf16": (
+        "digits -b 64 -a resnet18 --img-size 16 --amp bf16 --device cpu", 2, "--amp off, or a",
     ),
     "cifar without network": ("cifar10 {tiny} --data-root {root}/README.md", 2, "no cifar10"),
 }  # fmt: skip
@@ -184,7 +187,7 @@ def test_resume_in_another_precision(script, tmp_path):
     assert script("main_moco.py", *argv, "--amp", "off", "--epochs", 2)[0] == 0
     state = checkpoint.load(tmp_path / checkpoint.LAST)
     args = main_moco.parse_args([str(word) for word in argv])
-    model = main_moco.create_model(args, torch.device("cpu"))
+    model = main_moco.create_model(args, torch.device("cpu"), None)
     optimizer = create_optimizer("adamw", model, 1e-3, 0)
     scaler = torch.amp.GradScaler("cpu", enabled=True)  # as for fp16
     path = tmp_path / checkpoint.LAST
@@ -209,6 +212,8 @@ def losses(folder):
     return [row["loss"] for row in read_rows(folder / "log.jsonl") if "loss" in row]
 
 
+# LARS at the rate of the longer ResNet recipes: at 0.6 rounding grows ninefold a step under some
+# seeds, and AdamW moves a parameter whose gradient is rounding noise as far as any other.
 # Of the ResNet the losses alone: its residual branches start at 0, so the first gradients inside
 # them are rounding noise. Its BatchNorm is compared in float64 by test_distributed.py.
 @pytest.mark.parametrize("arch, bound", [("vit_nano", 1e-5), ("resnet18", 1e-4)])
@@ -216,7 +221,7 @@ def test_two_ranks_equal_one(tmp_path, arch, bound):
     argv = " ".join(TINY).replace("vit_nano", arch)
     if arch == "resnet18":
         argv = argv.replace("--patch-size 4", "")
-    argv = [*argv.split(), "--amp", "off", "--optimizer", "lars", "--lr", 0.6, "--epochs", 1]
+    argv = [*argv.split(), "--amp", "off", "--optimizer", "lars", "--lr", 0.3, "--epochs", 1]
     worlds = (1, 2, 4) if arch == "vit_nano" else (1, 2)
     for world in worlds:
         done = launch(world, "main_moco.py", *argv, "--output-dir", tmp_path / str(world))
