@@ -124,11 +124,11 @@ def init_linear(linear, matrices=1):
     nn.init.zeros_(linear.bias)
 
 
-def create_backbone(arch, img_size=224, patch_size=None, stop_grad_conv1=False, **kwargs):
+def create_backbone(arch, img_size=224, patch_size=None, stop_grad_conv1=False, drop_path=0.0):
     """A backbone without classifier by its `-a` name; what a flag can't act on is refused.
 
     img_size, patch_size: an int or (height, width), in pixels; patch_size None: the arch's own.
-    kwargs go to the model (drop_path_rate, …).
+    drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
     """
     if arch in VITS:
         config = dict(VITS[arch])
@@ -145,7 +145,7 @@ def create_backbone(arch, img_size=224, patch_size=None, stop_grad_conv1=False, 
                 f"{size_text(patch)}: --img-size must be a multiple of --patch-size"
             )
         return VisionTransformer(
-            pair(img_size), stop_grad_conv1=stop_grad_conv1, **config, **kwargs
+            pair(img_size), stop_grad_conv1=stop_grad_conv1, drop_path_rate=drop_path, **config
         )
 
     if arch in RESNETS:
@@ -153,7 +153,9 @@ def create_backbone(arch, img_size=224, patch_size=None, stop_grad_conv1=False, 
             raise UserError(f"--stop-grad-conv1 is for ViTs, and {arch} is none: drop it")
         if patch_size:
             raise UserError(f"--patch-size is for ViTs, and {arch} is none: drop it")
-        resnet = torchvision.models.get_model(arch, weights=None, zero_init_residual=True, **kwargs)
+        if drop_path:
+            raise UserError(f"--drop-path is for ViTs, and {arch} is none: --drop-path 0")
+        resnet = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
         resnet.num_features = resnet.fc.in_features  # timm's name for it
         resnet.fc = nn.Identity()
         return resnet

@@ -5,18 +5,27 @@ import shutil
 from pathlib import Path
 
 import torch
+from timm.layers import resample_abs_pos_embed
+from torch import nn
 
 from moco import UserError
+from vits import create_backbone
 
 LAST = "checkpoint.pth"
 
+# What may differ when a run continues; anything else would change its mathematics.
+MAY_CHANGE = set(
+    "data data_root workers amp device output_dir resume init_from print_freq tensorboard "
+    "save_every knn_every knn_bank knn".split()
+)
 
-def save(folder, state, keep_as=None):
-    """Writes folder/checkpoint.pth by way of a temporary name; `keep_as`: a second name for it.
+
+def save(folder, state, keep_as=None, name=LAST):
+    """Writes folder/name by way of a temporary name; `keep_as`: a second name for it.
 
     A crash at any moment leaves the old file or the new one, whole.
     """
-    last = Path(folder, LAST)
+    last = Path(folder, name)
     temporary = last.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         torch.save(state, file)
@@ -46,28 +55,161 @@ def load(path):
     return checkpoint
 
 
-def model_state(model):
-    """state_dict under the published names, which begin with `module.`."""
-    return {f"module.{key}": value for key, value in model.state_dict().items()}
+# A run and its continuation.
+
+
+def training_state(about, epoch, iteration, model, **parts):
+    """The published layout, and beside it what an exact continuation needs; plain types alone.
+
+    about: as log.describe makes it; parts: optimizer and whatever else has a state_dict.
+    """
+    return dict(
+        epoch=epoch,
+        iteration=iteration,
+        num_heads=num_heads(model),
+        state_dict={f"module.{key}": value for key, value in model.state_dict().items()},
+        **{name: part.state_dict() for name, part in parts.items()},
+        **about,
+    )
+
+
+def find_previous(args, folder):
+    """Path of the checkpoint to continue, or None. UserError if a run would be overwritten."""
+    last = folder / LAST
+    if args.resume == "auto":
+        return last if last.exists() else None
+    if last.exists() and not (
+        args.resume and Path(args.resume).resolve().parent == last.resolve().parent
+    ):
+        raise UserError(
+            f"{folder} holds a run: --resume auto continues it, --output-dir starts another"
+        )
+    if args.resume and not Path(args.resume).is_file():
+        raise UserError(f"no checkpoint at {args.resume}")
+    return args.resume
+
+
+def resume(path, args, epoch_steps, model, **parts):
+    """Loads a training checkpoint into model and parts → its dict. UserError if `args` differ."""
+    state = load(path)
+    if "args" not in state:
+        raise UserError(f"{path} has weights but no arguments to continue with: use --init-from")
+    changed = [
+        f"--{name.replace('_', '-')} {state['args'].get(name)} → {value}"
+        for name, value in vars(args).items()
+        if name not in MAY_CHANGE and value != state["args"].get(name)
+    ]
+    if changed:
+        raise UserError(f"{path} was trained with other arguments: {', '.join(changed)}")
+    if state["iteration"] != state["epoch"] * epoch_steps:
+        raise UserError(f"{path} was trained on another number of images than DIR holds now")
+    load_model(model, state, path)
+    for name, part in parts.items():
+        if state[name]:  # a GradScaler's is empty unless the run was in fp16
+            part.load_state_dict(state[name])
+    return state
+
+
+# Weights into models.
 
 
 def load_model(model, checkpoint, path):
-    """Puts checkpoint["state_dict"] into a MoCo; every key must match, in name and shape.
-
-    Checks the number of heads where the file states it: weights of another number fit silently.
-    """
-    state = {key.removeprefix("module."): v for key, v in checkpoint["state_dict"].items()}
-    if not any(key.startswith("momentum_encoder.") for key in state):
-        raise UserError(f"{path} holds no pre-training weights: it has no momentum_encoder")
-    heads, own = checkpoint.get("num_heads"), num_heads(model)
-    if heads is not None and heads != own:
-        raise UserError(f"{path} was trained with {heads} heads, this model has {own}")
-
+    """Puts checkpoint["state_dict"] into a model of the same kind; every key must match."""
+    state = _without_prefix(checkpoint["state_dict"])
     expected = model.state_dict()
+    if hasattr(model, "momentum_encoder"):
+        _refuse_without(state, "momentum_encoder", path)
     for key in state.keys() & expected.keys():
         # The position table is fixed, and another image size has its own.
         if key.endswith(".pos_embed") and state[key].shape != expected[key].shape:
             state[key] = expected[key]
+    _fit(model, state, checkpoint, path)
+
+
+def create_downstream(args, classes=None, weights="state_dict", **kwargs):
+    """The backbone in --pretrained, ours or the official release's → model, its setting.
+
+    `classes` None: base_encoder of a pre-training checkpoint, without a classifier. A number: the
+    backbone and classifier that a linear probe or fine-tuning left, under the key `weights`. The
+    setting is a dict of arch, img_size and patch_size: the checkpoint's own, unless args say
+    otherwise; a ViT's position table is interpolated to fit. --from-scratch: random weights in the
+    same backbone. kwargs go to create_backbone.
+    """
+    path = args.pretrained
+    checkpoint = load(path) if path else {"arch": args.arch}
+    arch = checkpoint.get("arch", args.arch)
+    if arch is None:
+        raise UserError(f"{path} does not say what backbone it holds: name it with -a")
+    if args.arch not in (None, arch):
+        raise UserError(f"{path} holds {arch}, not {args.arch}: drop -a {args.arch}")
+    setting = dict(
+        arch=arch,
+        img_size=args.img_size or checkpoint.get("img_size", (224, 224)),
+        patch_size=args.patch_size or checkpoint.get("patch_size"),
+    )
+    model = create_backbone(**setting, **kwargs)
+    if args.from_scratch:
+        return model, setting
+    if weights not in checkpoint:
+        raise UserError(f"{path} holds no {weights!r}")
+
+    state, name = _without_prefix(checkpoint[weights]), classifier_name(model)
+    pretraining = {
+        key.removeprefix("base_encoder."): value
+        for key, value in state.items()
+        if key.startswith("base_encoder.") and not key.startswith(f"base_encoder.{name}.")
+    }
+    if classes is None:
+        _refuse_without(state, "base_encoder", path)
+        state = pretraining
+    else:
+        weight = state.get(f"{name}.weight")
+        if pretraining or weight is None:
+            raise UserError(f"{path} has no classifier to evaluate: train one without --evaluate")
+        if len(weight) != classes:
+            raise UserError(f"{path} knows {len(weight)} classes, the images have {classes}")
+        setattr(model, name, nn.Linear(model.num_features, classes))
+
+    table = state.get("pos_embed")
+    if table is not None and table.shape != model.state_dict()["pos_embed"].shape:
+        patch, old = model.patch_embed.patch_size, checkpoint.get("img_size")
+        old = old and tuple(side // p for side, p in zip(old, patch))  # None: timm takes a square
+        state["pos_embed"] = resample_abs_pos_embed(table, model.patch_embed.grid_size, old)
+    _fit(model, state, checkpoint, path)
+    return model, setting
+
+
+def classifier_name(model):
+    """`fc` in a ResNet, `head` in a ViT."""
+    return "fc" if hasattr(model, "fc") else "head"
+
+
+def num_heads(model):
+    """Attention heads of a ViT or of the encoders of a MoCo; None where there are none."""
+    blocks = getattr(getattr(model, "base_encoder", model), "blocks", None)
+    return blocks[0].attn.num_heads if blocks else None
+
+
+def _without_prefix(state):
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _refuse_without(state, encoder, path):
+    if not any(key.startswith(f"{encoder}.") for key in state):
+        probe = "head.weight" in state or "fc.weight" in state
+        hint = "; with a classifier it is for --evaluate" if probe else ""
+        raise UserError(f"{path} holds no pre-training weights: it has no {encoder}{hint}")
+
+
+def _fit(model, state, checkpoint, path):
+    """load_state_dict, with a readable list of what does not match.
+
+    Checks the number of heads where the file states it: weights of another number fit silently.
+    """
+    heads, own = checkpoint.get("num_heads"), num_heads(model)
+    if heads is not None and heads != own:
+        raise UserError(f"{path} was trained with {heads} heads, this model has {own}")
+    expected = model.state_dict()
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     shared = expected.keys() & state.keys()
     reshaped = [key for key in shared if expected[key].shape != state[key].shape]
@@ -82,12 +224,6 @@ def load_model(model, checkpoint, path):
                 f"{problem} {listing(keys)}"
             )
     model.load_state_dict(state)
-
-
-def num_heads(model):
-    """Attention heads of the encoders; None for a ResNet."""
-    blocks = getattr(model.base_encoder, "blocks", None)
-    return blocks[0].attn.num_heads if blocks else None
 
 
 def listing(keys, most=4):

@@ -5,10 +5,11 @@ import os
 import re
 import shlex
 import sys
+from pathlib import Path
 
 from moco import UserError
 from moco.data import NAMES
-from moco.distributed import leave
+from moco.distributed import leave, rank
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,13 +55,53 @@ def shared_flags():
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--seed", type=seed, default=0, help="of weights, order and augmentation")
     add("--data-root", default="data", help="where named sets are downloaded to")
-    add("--output-dir", help="of all that the run writes (default: runs/ARCH)")
+    add("--output-dir", help="of all that the run writes (default: in runs/)")
     add("--resume", metavar="PATH", help="checkpoint to continue, or auto: the one in "
         "--output-dir, if there is one")  # fmt: skip
     add("-p", "--print-freq", type=positive, default=10, metavar="STEPS", help="steps between log "
         "lines")  # fmt: skip
     add("--tensorboard", action="store_true", help="log to TensorBoard too, in --output-dir")
     return parser
+
+
+def downstream_flags():
+    """Flags of the scripts that begin with pre-trained weights."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("--pretrained", metavar="CKPT", help="checkpoint of main_moco.py or of the official "
+        "release; arch and sizes are taken from it")  # fmt: skip
+    add("--from-scratch", action="store_true", help="as a control: random weights, in the backbone "
+        "of --pretrained or -a")  # fmt: skip
+    add("--evaluate", action="store_true", help="only measure the classifier in --pretrained")
+    return parser
+
+
+def check_downstream(parser, args):
+    """What argparse can't say about downstream_flags."""
+    if not args.pretrained and not (args.from_scratch and args.arch):
+        parser.error("give --pretrained CKPT, or as a control --from-scratch and -a")
+    if args.from_scratch and args.evaluate:
+        parser.error("--from-scratch leaves nothing for --evaluate")
+    if args.evaluate and args.resume:
+        parser.error("--evaluate measures --pretrained, --resume continues training: give one")
+    return args
+
+
+def output_folder(args, arch, job):
+    """--output-dir, or runs/RUN_JOB for a checkpoint in …/RUN."""
+    run = Path(args.pretrained).resolve().parent.name if args.pretrained else arch
+    control = "_from_scratch" if args.from_scratch else ""
+    return Path(args.output_dir or f"runs/{run}_{job}{control}")
+
+
+def origin(args):
+    return "from a random initialisation" if args.from_scratch else f"from {args.pretrained}"
+
+
+def say(text):
+    """Rank 0 prints it."""
+    if rank() == 0:
+        print(text, flush=True)
 
 
 class Size(argparse.Action):

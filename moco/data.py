@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from torchvision.transforms.v2 import functional as tv
 
 from moco import UserError, distributed, reason
@@ -23,7 +23,7 @@ try:
 except ImportError:  # deprecated in torchvision 0.29; PIL reads everything, more slowly
     decode_jpeg = None
 
-NAMES = ("digits", "cifar10", "cifar100", "stl10")
+NAMES = ("digits", "cifar10", "cifar100", "stl10", "flowers102", "pets")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -35,6 +35,16 @@ class Data(NamedTuple):
     val: object
     classes: int
     note: str = ""
+
+    def __str__(self):
+        labels = f"{len(self.val):,} to validate" if self.val else self.note
+        return f"{len(self.train):,} images to train on, {labels}"
+
+    def labelled_in_words(self):
+        return (
+            f"{len(self.bank):,} images to train on, {len(self.val):,} to validate, "
+            f"{self.classes} classes"
+        )
 
 
 class Arrays:
@@ -66,6 +76,21 @@ class Files:
 
     def read(self, i):
         return decode(os.path.join(self.root, os.fsdecode(self.paths[i])))
+
+
+class Wrapped:
+    """torchvision data sets that decode when read, one after the other."""
+
+    def __init__(self, *datasets):
+        self.images = ConcatDataset(datasets)
+        # Flowers102 and OxfordIIITPet show their labels nowhere but beside the decoded image.
+        self.labels = torch.cat([torch.as_tensor(dataset._labels) for dataset in datasets])
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, i):
+        return tv.pil_to_tensor(self.images[i][0])
 
 
 def decode(path):
@@ -188,20 +213,43 @@ def _torchvision(name, data_root, download):
     datasets = torchvision.datasets
     try:
         if name == "stl10":
-            split = {
-                split: arrays(datasets.STL10(data_root, split, download=download))
+            unlabelled, train, val = (
+                arrays(datasets.STL10(data_root, split, download=download))
                 for split in ("train+unlabeled", "train", "test")
-            }
-            return Data(split["train+unlabeled"], split["train"], split["test"], 10)
-        dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-        train, val = (
-            arrays(dataset(data_root, train, download=download)) for train in (True, False)
-        )
-        return Data(train, train, val, int(train.labels.max()) + 1)
+            )
+            return Data(unlabelled, train, val, 10)
+        if name == "flowers102":  # train and val, 2,040 images, are what the protocols train on
+            train, more, val = (
+                datasets.Flowers102(data_root, split, download=download)
+                for split in ("train", "val", "test")
+            )
+            train, val, classes = Wrapped(train, more), Wrapped(val), 102
+        elif name == "pets":
+            train, val = (
+                Wrapped(datasets.OxfordIIITPet(data_root, split, download=download))
+                for split in ("trainval", "test")
+            )
+            classes = 37
+        else:
+            dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+            train, val = (
+                arrays(dataset(data_root, train, download=download)) for train in (True, False)
+            )
+            classes = int(train.labels.max()) + 1
+        return Data(train, train, val, classes)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"no {name} under --data-root {data_root}, and no download: {reason(error)}"
         ) from None
+
+
+def labelled(data, where):
+    """`data` if a classifier can be trained and measured on it; UserError otherwise."""
+    if not data.val:
+        raise UserError(f"{where} needs train/ and val/ with a folder for each class: {data.note}")
+    if data.classes < 2:
+        raise UserError(f"{where} holds a single class: there is nothing to tell apart")
+    return data
 
 
 class EpochBatches(Sampler):
@@ -209,9 +257,10 @@ class EpochBatches(Sampler):
 
     The global batch is cut into `world` pieces in rank order, so the ranks' batches together are
     the same for any number of ranks. What doesn't fill a batch sits this epoch out (`left_out`).
+    `repeats`: repeated augmentation, an epoch of as many views of fewer images, each that often.
     """
 
-    def __init__(self, images, batch_size, seed):
+    def __init__(self, images, batch_size, seed, repeats=1):
         if batch_size % distributed.world():
             raise UserError(
                 f"--batch-size {batch_size} (of all processes together) does not divide by "
@@ -222,17 +271,22 @@ class EpochBatches(Sampler):
         if images < batch_size:
             raise UserError(f"{images} images don't fill one --batch-size {batch_size}: lower it")
         self.images, self.batch_size, self.seed, self.epoch = images, batch_size, seed, 0
-        self.left_out = images % batch_size
+        self.left_out, self.repeats = images % batch_size, repeats
 
     def __len__(self):
         return self.images // self.batch_size
 
+    def __str__(self):
+        return f"{self.batch_size}: {len(self)} steps an epoch, {self.left_out} images left over"
+
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch, 0, 1))  # unlike that of any image
-        order = rng.permutation(self.images)
-        batches = order[: len(self) * self.batch_size].reshape(len(self), distributed.world(), -1)
-        for batch in batches[:, distributed.rank()]:
-            yield [(self.epoch, int(index)) for index in batch]
+        order = rng.permutation(self.images).repeat(self.repeats)[: len(self) * self.batch_size]
+        # Each view of an image has its own number to draw from: epoch·repeats, and 1 more, …
+        epochs = self.epoch * self.repeats + np.arange(len(order)) % self.repeats
+        keys = np.stack([epochs, order], 1).reshape(len(self), distributed.world(), -1, 2)
+        for batch in keys[:, distributed.rank()].tolist():
+            yield [tuple(key) for key in batch]
 
 
 class TwoCrops:
@@ -282,14 +336,41 @@ def resized_crop(image, box, size):
     return tv.resize(image[:, top : top + height, left : left + width], size, antialias=True)
 
 
+class LabelledCrop:
+    """A batch of (epoch, index) → uint8 [N, 3, H, W], labels [N]: random crop and flip.
+
+    The training views of the linear protocol; arguments and errors as TwoCrops has them.
+    """
+
+    def __init__(self, source, size, crop_min, seed):
+        self.source, self.size, self.crop_min, self.seed = source, size, crop_min, seed
+
+    def __getitems__(self, keys):
+        try:
+            crops = torch.stack([self._crop(*key) for key in keys])
+        except UserError as error:
+            return error
+        return crops, self.source.labels[[index for _, index in keys]]
+
+    def _crop(self, epoch, index):
+        rng = np.random.default_rng((self.seed, epoch, index))
+        image = self.source.read(index)
+        crop = resized_crop(image, crop_box(rng, *image.shape[1:], self.crop_min), self.size)
+        return crop.flip(-1) if rng.random() < 0.5 else crop
+
+    def __len__(self):
+        return len(self.source)
+
+
 class CentreCrop:
     """A batch of indices → uint8 [N, 3, H, W], without augmentation.
 
     As in the linear protocol, resized to 256/224 of `size` and cut; an image of `size` stays as is.
     """
 
-    def __init__(self, source, size):
+    def __init__(self, source, size, interpolation="bilinear"):
         self.source, self.size = source, size
+        self.interpolation = tv.InterpolationMode(interpolation)
 
     def __getitems__(self, indices):
         try:
@@ -302,7 +383,9 @@ class CentreCrop:
             return image
         scale = max(s * 256 / 224 / side for s, side in zip(self.size, image.shape[1:]))
         resized = [round(side * scale) for side in image.shape[1:]]
-        return tv.center_crop(tv.resize(image, resized, antialias=True), self.size)
+        return tv.center_crop(
+            tv.resize(image, resized, self.interpolation, antialias=True), self.size
+        )
 
     def __len__(self):
         return len(self.source)

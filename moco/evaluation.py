@@ -1,86 +1,108 @@
-"""Accuracy of frozen features: the kNN monitor, sharded over the ranks."""
+"""Accuracy on held-out images, kNN and classifiers, sharded over the ranks.
+
+Ranks share whole batches, cut in the order of the data: each batch is computed alike whatever the
+number of processes, and every image counts once.
+"""
 
 import torch
 import torch.distributed as dist
 
-from moco import UserError, data
+from moco import data
 from moco.augment import normalize
 from moco.builder import features, unit
-from moco.distributed import gather, rank, world
+from moco.distributed import rank, world
 
 BATCH = 256  # images of one forward pass on one rank
 KNN_T = 0.07  # temperature of the votes (Wu et al. 2018, arXiv 1805.01978)
+
+
+def batches(source, chosen, size, workers, device, **crop):
+    """This rank's batches of the images `chosen` → positions in `chosen` [n], normalised images."""
+    # Starting workers takes longer than to hand over what is in memory already.
+    workers = 0 if isinstance(source, data.Arrays) else workers
+    shares = torch.arange(len(chosen)).split(BATCH)[rank() :: world()]
+    loader = data.create_loader(
+        data.CentreCrop(source, size, **crop), [chosen[s] for s in shares], workers, device
+    )
+    for share, images in zip(shares, data.checked(loader)):
+        images = images.to(device, non_blocking=device.type == "cuda")
+        yield share, normalize(images.float() / 255)
+
+
+def everyone(x):
+    """Sum of x over the ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+@torch.no_grad()
+def accuracy(classify, heads, source, size, workers, device, **crop):
+    """Accuracy of several classifiers in one pass over labelled images → [(top-1, top-5)], in %.
+
+    classify: normalised images [n, 3, H, W] → logits [n, classes] of each of the `heads`. With
+    fewer than 5 classes top-5 is 100. `crop` goes to data.CentreCrop.
+    """
+    right = torch.zeros(heads, 2, dtype=torch.long, device=device)
+    chosen = torch.arange(len(source))
+    for share, images in batches(source, chosen, size, workers, device, **crop):
+        labels = source.labels[share].to(device)[:, None]
+        for head, logits in enumerate(classify(images)):
+            hits = logits.topk(min(5, logits.shape[1])).indices == labels
+            hits &= logits.isfinite().all(1, keepdim=True)  # a classifier that diverged knows none
+            right[head] += torch.stack([hits[:, 0].sum(), hits.sum()])
+    return [(100 * top1 / len(source), 100 * top5 / len(source))
+            for top1, top5 in everyone(right).tolist()]  # fmt: skip
+
+
+def in_words(top1, top5, classes):
+    """Percentages; top-5 says something from 5 classes on."""
+    return f"top-1 {top1:.2f} %" + (f", top-5 {top5:.2f} %" if classes >= 5 else "")
 
 
 class KNN:
     """Weighted kNN accuracy of an encoder's features on held-out images (paper Sec. 4, Fig. 1).
 
     bank: at most `bank_size` training images, the same ones each time, un-augmented. k: 200 for a
-    bank of 10,000 and more, 20 for a smaller one. Every image counts once on any number of ranks.
+    bank of 10,000 and more, 20 for a smaller one.
     """
 
     def __init__(self, dataset, size, bank_size, workers, device):
-        size_of_bank = min(bank_size, len(dataset.bank))
-        if min(size_of_bank, len(dataset.val)) < world():
-            raise UserError("kNN needs an image of bank and val for each process: --knn-every 0")
+        size_of_bank = min(bank_size or len(dataset.bank), len(dataset.bank))
         self.chosen = torch.arange(size_of_bank) * len(dataset.bank) // size_of_bank
         self.k = min(200 if len(self.chosen) >= 10_000 else 20, len(self.chosen))
-        self.data, self.size, self.device = dataset, size, device
-        # Starting workers takes longer than to hand over what is in memory already.
-        self.workers = workers if isinstance(dataset.val, data.Files) else 0
+        self.data, self.where = dataset, (size, workers, device)
+        self.labels = dataset.bank.labels[self.chosen].to(device)
 
     @torch.no_grad()
-    def __call__(self, encoder, autocast):
-        """encoder, a context for its forward pass → accuracy in percent, the same on every rank."""
+    def __call__(self, encoder, autocast, ks=None):
+        """encoder, a context for its forward pass → accuracy in percent for each k of ks."""
+        ks = ks or [self.k]
         training = encoder.training
         encoder.eval()
-        bank = gather_rows(self._features(encoder, autocast, self.data.bank, self.chosen))
-        bank = bank[: len(self.chosen)]
-        labels = self.data.bank.labels[self.chosen].to(self.device)
-
-        mine = torch.arange(rank(), len(self.data.val), world())
-        queries = self._features(encoder, autocast, self.data.val, torch.arange(len(self.data.val)))
-        right = knn(queries, bank, labels, self.data.classes, self.k).cpu()
-        right = (right == self.data.val.labels[mine]).sum().to(self.device)
-        if world() > 1:
-            dist.all_reduce(right)
-        encoder.train(training)
-        return 100 * right.item() / len(self.data.val)
-
-    def _features(self, encoder, autocast, source, indices):
-        """Normalised features of this rank's share, indices[rank::world] → [n, d]."""
-        share = indices[rank() :: world()].split(BATCH)
-        loader = data.create_loader(
-            data.CentreCrop(source, self.size), share, self.workers, self.device
-        )
-        found = []
-        for images in data.checked(loader):
-            images = images.to(self.device, non_blocking=self.device.type == "cuda")
+        bank = torch.zeros(len(self.chosen), encoder.num_features, device=self.labels.device)
+        for share, images in batches(self.data.bank, self.chosen, *self.where):
             with autocast():
-                found.append(unit(features(encoder, normalize(images.float() / 255))))
-        return torch.cat(found)
+                bank[share] = unit(features(encoder, images))
+        bank = everyone(bank)  # each row is of one rank, and 0 on the others
+
+        val, right = self.data.val, torch.zeros(len(ks), dtype=torch.long, device=bank.device)
+        for share, images in batches(val, torch.arange(len(val)), *self.where):
+            with autocast():
+                queries = unit(features(encoder, images))
+            answers = knn(queries, bank, self.labels, self.data.classes, ks)  # [n, len(ks)]
+            right += (answers == val.labels[share].to(bank.device)[:, None]).sum(0)
+        encoder.train(training)
+        return [100 * n / len(val) for n in everyone(right).tolist()]
 
 
-def knn(queries, bank, labels, classes, k, T=KNN_T):
-    """Votes of the k nearest, weighted by exp(similarity/T): normalised [n, d], [b, d] → [n]."""
+def knn(queries, bank, labels, classes, ks, T=KNN_T):
+    """Votes of the k nearest, weighted by exp(similarity/T): unit [n, d], [b, d] → [n, len(ks)]."""
+    similarity, nearest = (queries @ bank.T).topk(max(ks))  # [n, k], nearest first
+    weights, nearest = (similarity / T).exp(), labels[nearest]
     answers = []
-    for q in queries.split(1024):
-        similarity, nearest = (q @ bank.T).topk(k)  # [n, k]
-        votes = q.new_zeros(len(q), classes)
-        votes.scatter_add_(1, labels[nearest], (similarity / T).exp())
+    for k in ks:
+        votes = queries.new_zeros(len(queries), classes)
+        votes.scatter_add_(1, nearest[:, :k], weights[:, :k])
         answers.append(votes.argmax(1))
-    return torch.cat(answers)
-
-
-def gather_rows(x):
-    """Shares dealt out in turn, [n_r, d] on rank r → all rows in order on every rank.
-
-    Ranks may hold one row less than rank 0: the gap shows as a last row of zeros, to be cut off.
-    """
-    if world() == 1:
-        return x
-    longest = torch.tensor(len(x), device=x.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    padded = x.new_zeros(int(longest), x.shape[1])
-    padded[: len(x)] = x
-    return gather(padded).transpose(0, 1).flatten(0, 1)
+    return torch.stack(answers, 1)

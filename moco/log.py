@@ -11,22 +11,22 @@ import torch
 from moco import UserError, checkpoint
 from moco.augment import denormalize
 from moco.data import checked
-from moco.distributed import average, rank
+from moco.distributed import average, rank, world
 
 
 class Log:
     """Collects scalars on the device and reads them every `print_freq` steps: one wait, not many.
 
-    Lines of log.jsonl are of two kinds: training, averaged since the line before, and `knn`.
-    `steps`: of the whole run; `step`: where it begins; `chance`: the loss of a blind guess.
+    Lines of log.jsonl are of two kinds: training, averaged since the line before, and what an
+    evaluation measured. `epoch_steps`: steps of an epoch; `epoch`: where the run begins; `chance`:
+    the loss of a blind guess, where it is worth showing.
     """
 
-    def __init__(
-        self, folder, steps, epoch_steps, step, batch_size, chance, print_freq, tensorboard
-    ):
-        self.folder, self.epoch_steps, self.batch_size = Path(folder), epoch_steps, batch_size
-        self.chance, self.print_freq = chance, print_freq
-        self.knn = None  # the last one measured
+    def __init__(self, folder, args, epoch_steps, epoch=0, chance=None):
+        self.folder, self.epoch_steps, self.batch_size = Path(folder), epoch_steps, args.batch_size
+        self.epochs, self.print_freq = args.epochs, args.print_freq
+        self.chance = {} if chance is None else {"chance": chance}
+        self.measured = ""  # by the last evaluation
         self.pending, self.names = [], ()  # scalars on the device, not read yet
         self.latest = {}  # the last training line
         self.waited, self.since = 0.0, time.perf_counter()  # since that line, in seconds
@@ -36,19 +36,20 @@ class Log:
         if not self.speaks:
             return
 
-        path = self.folder / "log.jsonl"
+        path, step = self.folder / "log.jsonl", epoch * epoch_steps
         rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
         trimmed = path.with_suffix(".tmp")
         trimmed.write_text("".join(json.dumps(row) + "\n" for row in rows))
         trimmed.replace(path)
         self.file = open(path, "a", buffering=1)
-        if tensorboard:
+        if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(self.folder, purge_step=step + 1 if step else 0)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
+            steps = args.epochs * epoch_steps
             self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
     def say(self, text):
@@ -67,26 +68,26 @@ class Log:
             yield batch
             asked = time.perf_counter()
 
-    def step(self, step, lr, m, **scalars):
-        """After `step` steps in all; scalars: 0-d tensors on the device, `loss` among them."""
+    def step(self, step, settings, **scalars):
+        """After `step` steps in all; settings: plain numbers that the step was made with, lr say;
+        scalars: 0-d tensors on the device, `loss` among them."""
         self.names = tuple(scalars)
         self.pending.append(torch.stack([v.detach().float() for v in scalars.values()]))
         if self.bar:
             self.bar.update()
         if step % self.print_freq == 0 or step % self.epoch_steps == 0:
-            self._flush(step, lr, m)
+            self._flush(step, settings)
 
-    def _flush(self, step, lr, m):
+    def _flush(self, step, settings):
         values = average(torch.stack(self.pending)).cpu()  # [steps since, scalars]; waits here
         self._check(step, values[:, self.names.index("loss")])
         now = time.perf_counter()
         seconds = now - self.since
-        self.latest = dict(zip(self.names, values.mean(0).tolist()))
-        self.latest |= dict(chance=self.chance, lr=lr, m=m)
+        self.latest = dict(zip(self.names, values.mean(0).tolist())) | self.chance | settings
         self.latest |= dict(
             images_per_s=len(values) * self.batch_size / seconds, data_wait=self.waited / seconds
         )
-        self.row(step, **self.latest)
+        self._row(step, self.latest)
         self.pending, self.waited, self.since = [], 0.0, now
         if self.bar:
             self.bar.set_postfix_str(self._short())
@@ -109,16 +110,21 @@ class Log:
         last = self.folder / checkpoint.LAST
         raise UserError(
             f"the {what} in epoch {epoch}, iteration {iteration} (both from 0); last good "
-            f"checkpoint: {last if last.exists() else 'none yet'}; what helps: a lower --lr, "
-            "--clip-grad, --stop-grad-conv1, --amp bf16 or off",
+            f"checkpoint: {last if last.exists() else 'none yet'}; what helps: a lower --lr, --amp "
+            'bf16 or off, and more in README, "When it goes wrong"',
             code=1,
         )
 
-    def row(self, step, **values):
-        """One line of log.jsonl; `epoch` has fractions."""
+    def evaluation(self, step, text, **values):
+        """What an evaluation after `step` steps measured: a line of log.jsonl, and `text`."""
+        self.measured = text
+        self._row(step, values)
+        if self.bar and self.latest:
+            self.bar.set_postfix_str(self._short())
+
+    def _row(self, step, values):
         if not self.speaks:
             return
-        self.knn = values.get("knn", self.knn)
         values = {key: float(f"{value:.6g}") for key, value in values.items()}
         row = dict(epoch=round(step / self.epoch_steps, 4), step=step) | values
         self.file.write(json.dumps(row) + "\n")
@@ -127,21 +133,22 @@ class Log:
                 self.board.add_scalar(key, value, step)
 
     def _short(self):
-        knn = "" if self.knn is None else f", kNN {self.knn:.1f} %"
-        return f"loss {self.latest['loss']:.3f} (chance {self.chance:.2f}){knn}"
+        chance = "".join(f" (chance {value:.2f})" for value in self.chance.values())
+        measured = self.measured and f", {self.measured}"
+        return f"loss {self.latest['loss']:.3f}{chance}{measured}"
 
-    def epoch(self, epoch, epochs, new_knn):
-        """The line after an epoch. Beside a bar only those with a new kNN are worth one."""
+    def epoch(self, epoch, evaluated=True):
+        """The line after `epoch` epochs. Beside a bar only an evaluation is worth one."""
         if not self.speaks:
             return
-        if new_knn or not self.bar:
-            last = self.latest
+        if evaluated or not self.bar:
+            monitors = "".join(f"  {n} {self.latest[n]:.2f}" for n in self.names if n != "loss")
             self.say(
-                f"epoch {epoch}/{epochs}  {self._short()}  top-1 {100 * last['top1']:.1f} %  "
-                f"spread {last['spread']:.2f}  {last['images_per_s']:,.0f} images/s, "
-                f"{100 * last['data_wait']:.0f} % of it waiting for data"
+                f"epoch {epoch}/{self.epochs}  {self._short()}{monitors}  "
+                f"{self.latest['images_per_s']:,.0f} images/s, "
+                f"{100 * self.latest['data_wait']:.0f} % of it waiting for data"
             )
-        if epoch == epochs or time.perf_counter() - self.drawn > 60:  # seconds
+        if epoch == self.epochs or time.perf_counter() - self.drawn > 60:  # seconds
             draw_curves(self.folder)
             self.drawn = time.perf_counter()
 
@@ -165,6 +172,7 @@ def read_rows(path):
 PANELS = {
     "loss": "loss, and its chance level (dashed)",
     "knn": "kNN accuracy on held-out images, %",
+    "acc1": "top-1 accuracy on held-out images, %",
     "top1": "contrastive top-1, share of queries",
     "spread": "spread of the features (0: collapsed)",
     "lr": "learning rate",
@@ -173,20 +181,32 @@ PANELS = {
 
 
 def draw_curves(folder):
-    """folder/log.jsonl → folder/curves.png."""
+    """folder/log.jsonl → folder/curves.png, a panel for each kind of number in it."""
     from matplotlib.figure import Figure
 
     rows = read_rows(Path(folder, "log.jsonl"))
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(2, 3).flat, PANELS.items()):
-        points = [(row["epoch"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points), marker="." if key == "knn" else None)
-        else:
-            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-        if key == "loss" and points:
-            chance = next(row["chance"] for row in rows if "chance" in row)
-            axes.axhline(chance, ls="--", color="gray")
+    lines = {}  # "acc1 lr 0.1" is a line in the panel acc1
+    for row in rows:
+        for key, value in row.items():
+            if (panel := key.split()[0]) in PANELS:
+                lines.setdefault(panel, {}).setdefault(key, []).append((row["epoch"], value))
+
+    columns = min(3, len(lines)) or 1
+    height = -(-len(lines) // columns) or 1
+    figure = Figure(figsize=(3.7 * columns, 3 * height), layout="constrained")
+    panels = [panel for panel in PANELS if panel in lines]
+    for place, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(height, columns, place)
+        for key, points in lines[panel].items():
+            axes.plot(*zip(*points), marker="." if panel in ("knn", "acc1") else None, label=key)
+        if len(lines[panel]) > 1:
+            axes.legend(fontsize=8)
+        chance = [row["chance"] for row in rows if "chance" in row]
+        title = PANELS[panel]
+        if panel == "loss" and chance:
+            axes.axhline(chance[0], ls="--", color="gray")
+        elif panel == "loss":
+            title = "loss"
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch", fontsize=9)
         axes.grid(alpha=0.3)
@@ -228,3 +248,36 @@ def versions():
     except (OSError, subprocess.CalledProcessError):
         found["git"] = "none"
     return found
+
+
+def describe(args, device, amp, **backbone):
+    """What a run is, in plain types, for args.json and its checkpoints; backbone: arch, img_size,
+    patch_size as they are used."""
+    precision = str(amp).removeprefix("torch.") + " autocast" if amp else "float32"
+    return backbone | dict(
+        args=vars(args),
+        world=world(),
+        device=str(device),
+        precision=precision,
+        versions=versions(),
+    )
+
+
+def introduce(folder, about, **lines):
+    """Prints what is about to run, once, and writes it to args.json; lines: what else to print."""
+    if rank() != 0:
+        return
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"can't write to --output-dir {folder}: {error.strerror}") from None
+    lines |= {
+        "device": f"{about['device']}, {about['world']} process(es), {about['precision']}",
+        "with": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
+        "args": " ".join(f"{name}={value}" for name, value in about["args"].items()),
+        "folder": folder,
+    }
+    for name, text in lines.items():
+        print(f"{name:<7} {text}", flush=True)

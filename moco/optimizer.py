@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 
@@ -55,6 +56,17 @@ def create_optimizer(name, model, lr, wd):
         return LARS(params, lr, weight_decay=wd)
     fused = params[0].device.type in ("cuda", "cpu")
     return torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=wd, fused=fused)
+
+
+def descend(loss, optimizer, scaler, clip_grad=None):
+    """One step down the loss; clip_grad: largest norm of the gradient of all parameters."""
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    if clip_grad:
+        scaler.unscale_(optimizer)
+        clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def set_lr(optimizer, lr):

@@ -12,6 +12,9 @@ from timm.layers import set_fused_attn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+import main_moco  # noqa: E402
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]  # fmt: skip  # noqa: E501
 
 # The smallest run that has everything: 5 steps an epoch.
@@ -51,6 +54,15 @@ def launch(processes, name, *args, **env):
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A checkpoint that one epoch of the smallest run left."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    args = main_moco.parse_args([*TINY, "--epochs", "1", "--output-dir", str(folder)])
+    main_moco.main(args)
+    return folder / "checkpoint.pth"
 
 
 @pytest.fixture

@@ -14,15 +14,19 @@ def nano(**kwargs):
     return MoCo(create_backbone("vit_nano", 16, 4), dim=32, mlp_dim=64, **kwargs)
 
 
+def state_of(model):
+    about = dict(arch="vit_nano", img_size=(16, 16), patch_size=(4, 4), args={})
+    return checkpoint.training_state(about, 1, 5, model)
+
+
 def saved(folder, model, **extra):
-    state = {"arch": "vit_nano", "state_dict": checkpoint.model_state(model), **extra}
-    checkpoint.save(folder, state)
+    checkpoint.save(folder, state_of(model) | extra)
     return folder / checkpoint.LAST
 
 
 def test_weights_survive_the_round_trip(tmp_path):
     model, other = nano(), nano()
-    path = saved(tmp_path, model, num_heads=4)
+    path = saved(tmp_path, model)
     content = checkpoint.load(path)
     assert all(key.startswith("module.") for key in content["state_dict"])
     checkpoint.load_model(other, content, path)
@@ -76,7 +80,7 @@ def test_what_is_no_checkpoint_is_refused_without_running_it(tmp_path, capsys):
 
 def test_every_mismatch_is_named(tmp_path):
     model = nano()
-    state = checkpoint.model_state(model)
+    state = state_of(model)["state_dict"]
     lacking = {k: v for k, v in state.items() if "predictor.0" not in k}
     foreign = state | {"module.surprise": torch.zeros(1)}
     reshaped = state | {"module.predictor.0.weight": torch.zeros(1)}
@@ -95,6 +99,6 @@ def test_every_mismatch_is_named(tmp_path):
 def test_position_table_is_made_anew_for_another_image_size():
     small, large = nano(), MoCo(create_backbone("vit_nano", 32, 4), dim=32, mlp_dim=64)
     table = large.base_encoder.pos_embed.clone()
-    checkpoint.load_model(large, {"state_dict": checkpoint.model_state(small)}, "x.pth")
+    checkpoint.load_model(large, {"state_dict": state_of(small)["state_dict"]}, "x.pth")
     assert torch.equal(large.base_encoder.pos_embed, table)
     assert torch.equal(large.base_encoder.cls_token, small.base_encoder.cls_token)

@@ -1,6 +1,7 @@
 """What a run leaves behind: lines, averages, pictures, and the stop at a loss that is no number."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,16 +10,16 @@ from moco import UserError
 from moco.log import Log, draw_curves, draw_views, read_rows, versions
 
 
-def log(folder, step=0, **kwargs):
-    defaults = dict(steps=20, epoch_steps=10, batch_size=4, chance=5.5, print_freq=4)
-    return Log(folder, step=step, tensorboard=False, **(defaults | kwargs))
+def log(folder, epoch=0):
+    args = SimpleNamespace(epochs=2, batch_size=4, print_freq=4, tensorboard=False)
+    return Log(folder, args, epoch_steps=10, epoch=epoch, chance=5.5)
 
 
 def test_rows_are_averages_since_the_row_before(tmp_path):
     run = log(tmp_path)
     for step in range(1, 11):
-        run.step(step, lr=0.1, m=0.99, loss=torch.tensor(float(step)), top1=torch.tensor(0.5))
-    run.row(10, knn=50.0)
+        run.step(step, dict(lr=0.1, m=0.99), loss=torch.tensor(float(step)), top1=torch.tensor(0.5))
+    run.evaluation(10, "kNN 50.0 %", knn=50.0)
     rows = read_rows(tmp_path / "log.jsonl")
     assert [row["step"] for row in rows] == [4, 8, 10, 10]  # the end of an epoch counts as well
     assert [row["loss"] for row in rows[:3]] == [2.5, 6.5, 9.5]
@@ -29,7 +30,7 @@ def test_rows_are_averages_since_the_row_before(tmp_path):
 def test_resuming_drops_what_the_checkpoint_does_not_know(tmp_path):
     lines = [json.dumps({"epoch": s / 10, "step": s}) for s in (4, 8, 10, 14)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"epoch": 1.8, "st')
-    log(tmp_path, step=10).row(18)
+    log(tmp_path, epoch=1).evaluation(18, "")
     assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [4, 8, 10, 18]
 
 
@@ -39,7 +40,7 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_iteration(tmp_path, value
     with pytest.raises(UserError) as stop:
         for step in range(1, 21):
             loss = torch.tensor(float(value) if step > 13 else 1.0)
-            run.step(step, lr=0.1, m=0.99, loss=loss, top1=loss)
+            run.step(step, dict(lr=0.1, m=0.99), loss=loss, top1=loss)
             (tmp_path / "checkpoint.pth").touch()
     assert stop.value.code == 1
     message = str(stop.value)
@@ -51,6 +52,7 @@ def test_pictures_are_written(tmp_path):
     (tmp_path / "log.jsonl").write_text(
         '{"epoch": 0, "step": 0, "knn": 40}\n'
         '{"epoch": 1, "step": 9, "loss": 3, "chance": 4, "top1": 0.1, "lr": 1, "m": 1}\n'
+        '{"epoch": 1, "step": 9, "acc1 lr 0.1": 90, "acc1 lr 1": 95}\n'
     )
     draw_curves(tmp_path)
     draw_views(tmp_path, *torch.randn(2, 12, 3, 8, 12))

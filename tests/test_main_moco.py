@@ -191,7 +191,8 @@ def test_resume_in_another_precision(script, tmp_path):
     optimizer = create_optimizer("adamw", model, 1e-3, 0)
     scaler = torch.amp.GradScaler("cpu", enabled=True)  # as for fp16
     path = tmp_path / checkpoint.LAST
-    assert main_moco.resume(path, args, 5, model, optimizer, scaler) == state["epoch"] == 2
+    resumed = checkpoint.resume(path, args, 5, model, optimizer=optimizer, scaler=scaler)
+    assert resumed["epoch"] == state["epoch"] == 2
     with pytest.raises(UserError, match="another number of images"):
         main_moco.resume(path, args, 6, model, optimizer, scaler)
 

@@ -1,0 +1,284 @@
+"""End-to-end fine-tuning of a pre-trained backbone, by DeiT's recipe and timm's parts.
+
+One process (GPU or CPU), after `python main_moco.py @recipes/digits.txt`:
+    python main_finetune.py @recipes/finetune_digits.txt
+8 GPUs:
+    torchrun --nproc_per_node=8 main_finetune.py @recipes/finetune_vit_base_150_deit.txt \\
+        /data/imagenet --pretrained runs/vit_base_300/checkpoint.pth
+Transfer; then the accuracy of what it left:
+    torchrun --nproc_per_node=8 main_finetune.py @recipes/finetune_vit_base_cifar10.txt \\
+        --pretrained runs/vit_base_300/checkpoint.pth
+    python main_finetune.py cifar10 --pretrained runs/vit_base_300_finetune/best.pth --evaluate
+"""
+
+import random
+from contextlib import closing, contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup, create_transform
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torchvision.transforms.v2 import functional as tv
+
+from moco import UserError, checkpoint, cli, data, distributed, evaluation
+from moco.log import Log, describe, introduce
+from moco.optimizer import descend
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description=__doc__, parents=[cli.shared_flags(), cli.downstream_flags()])
+    parser.set_defaults(arch=None, img_size=None, batch_size=1024)
+    add = parser.add_argument
+    add("--lr", type=cli.positive_float, default=2.5e-4, help="base rate of AdamW; used: "
+        "lr · batch/256 (DeiT's 5e-4 · batch/512)")  # fmt: skip
+    add("--wd", "--weight-decay", type=cli.nonnegative, default=0.05, help="weight decay; none on "
+        "norms, biases, class token and position embedding")  # fmt: skip
+    add("--warmup-epochs", type=cli.count, default=5, help="linear, from --warmup-lr")
+    add("--warmup-lr", type=cli.nonnegative, default=1e-6, help="rate at the start, as it is used")
+    add("--min-lr", type=cli.nonnegative, default=1e-5, help="rate at the end, as it is used")
+    add("--lr-per", choices=("iteration", "epoch"), default="epoch", help="when the rate changes")
+    add("--layer-decay", type=cli.share, metavar="FACTOR", help="of the rate, from each block to "
+        "the one before")  # fmt: skip
+    add("--clip-grad", type=cli.positive_float, metavar="NORM", help="largest norm of the gradient")
+    add("--drop-path", type=cli.share, default=0.1, help="of the last block, rising from 0")
+    add("--crop-min", type=cli.share, default=0.08, help="smallest crop, share of the area")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's name of the "
+        "augmentation, or none")  # fmt: skip
+    add("--reprob", type=cli.share, default=0.25, help="of random erasing, by noise")
+    add("--mixup", type=cli.nonnegative, default=0.8, help="alpha; 0: off")
+    add("--cutmix", type=cli.nonnegative, default=1.0, help="alpha; 0: off")
+    add("--smoothing", type=cli.share, default=0.1, help="of labels")
+    add("--repeated-aug", type=cli.positive, default=1, metavar="VIEWS", help="of an image in an "
+        "epoch, of as many images fewer")  # fmt: skip
+    add("--ema", type=cli.share, metavar="DECAY", help="keep a moving average of the weights")
+    add("--evaluate-ema", action="store_true", help="measure the average, not the weights")
+    args = cli.check_downstream(parser, parser.parse_args(argv))
+    if args.warmup_epochs > args.epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    if args.evaluate_ema and not (args.ema or args.evaluate):
+        parser.error("--evaluate-ema needs --ema DECAY")
+    return args
+
+
+def main(args):
+    device, amp = distributed.set_up(args.device, args.amp)
+    autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
+    dataset = data.labelled(data.load_data(args.data, args.data_root), args.data)
+    if args.evaluate:
+        weights = "ema" if args.evaluate_ema else "state_dict"
+        model, setting = checkpoint.create_downstream(args, dataset.classes, weights)
+        model.to(device)
+        found = measure(model, dataset, setting["img_size"], args.workers, autocast)
+        cli.say(f"{evaluation.in_words(*found, dataset.classes)} on {len(dataset.val):,} images")
+    else:
+        finetune(args, dataset, device, amp, autocast)
+
+
+def finetune(args, dataset, device, amp, autocast):
+    torch.manual_seed(args.seed)  # the same weights on every rank
+    model, setting = create_model(args, dataset.classes, device)
+    folder = cli.output_folder(args, setting["arch"], "finetune")
+    previous = checkpoint.find_previous(args, folder)
+    size, training_set = setting["img_size"], dataset.bank
+
+    batches = data.EpochBatches(len(training_set), args.batch_size, args.seed, args.repeated_aug)
+    views = Augmented(training_set, create_augmentation(args, size), args.seed)
+    loader = data.create_loader(views, batches, args.workers, device, persistent=True)
+    mixup = create_mixup(args, dataset.classes)
+
+    if args.layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise UserError(f"--layer-decay is for ViTs, and {setting['arch']} is none: drop it")
+    optimizer = create_optimizer_v2(
+        model,
+        opt="adamw",
+        lr=args.lr * args.batch_size / 256,
+        weight_decay=args.wd,
+        layer_decay=args.layer_decay,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    )
+    schedule = create_schedule(args, optimizer, len(batches))
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    ema = ModelEmaV3(model, decay=args.ema) if args.ema else None
+    parts = dict(optimizer=optimizer, scaler=scaler) | ({"ema": ema} if ema else {})
+    first_epoch, best = 0, (0.0, 0)  # top-1, its epoch
+    if previous:
+        state = checkpoint.resume(previous, args, len(batches), model, **parts)
+        first_epoch, best = state["epoch"], state["best"]
+    distributed.check_agreement(device, images=len(training_set), epoch=first_epoch)
+    ddp = distributed.parallel(model, device)
+
+    about = describe(args, device, amp, **setting)
+    introduce(
+        folder,
+        about,
+        model=f"{setting['arch']}, {cli.origin(args)}",
+        data=f"{args.data}: {dataset.labelled_in_words()}",
+        batch=batches,
+        rate=f"{args.lr:g} · {args.batch_size}/256 = {args.lr * args.batch_size / 256:g}, adamw",
+    )
+    with closing(Log(folder, args, len(batches), first_epoch)) as log:
+        for epoch in range(first_epoch, args.epochs):
+            # What the process draws, drop path and mixup, begins anew with each epoch: a resumed
+            # run continues exactly.
+            with seeded(args.seed, epoch, distributed.rank()):
+                train_one_epoch(
+                    ddp, model, ema, loader, mixup, optimizer, schedule, scaler, autocast, epoch,
+                    args, log,
+                )  # fmt: skip
+            done, step = epoch + 1, (epoch + 1) * len(batches)
+            log.check_weights(step, model)
+            measured = ema.module if args.evaluate_ema else model
+            top1, top5 = measure(measured, dataset, size, args.workers, autocast)
+            better = top1 > best[0]
+            best = max(best, (top1, done), key=lambda pair: pair[0])
+            log.evaluation(step, f"top-1 {top1:.2f} %", acc1=top1, acc5=top5)
+            if distributed.rank() == 0:
+                extra = about | dict(best=best, best_acc1=best[0])
+                state = checkpoint.training_state(extra, done, step, model, **parts)
+                checkpoint.save(folder, state, keep_as="best.pth" if better else None)
+            log.epoch(done)
+        if args.epochs > first_epoch:
+            log.say(
+                f"tuned   {evaluation.in_words(top1, top5, dataset.classes)} after {args.epochs} "
+                f"epochs; best {best[0]:.2f} % in epoch {best[1]}"
+            )
+
+
+def train_one_epoch(
+    ddp, model, ema, loader, mixup, optimizer, schedule, scaler, autocast, epoch, args, log
+):
+    """One pass over the data; `ddp` is `model`, or the model wrapped for several processes."""
+    ddp.train()
+    device = next(model.parameters()).device
+    loader.batch_sampler.epoch = epoch
+    for step, (images, labels) in enumerate(log.timed(loader), epoch * len(loader)):
+        if args.lr_per == "iteration":
+            schedule.step_update(step)
+        elif step == epoch * len(loader):
+            schedule.step(epoch)
+
+        images = images.to(device, non_blocking=device.type == "cuda")  # [N, 3, H, W]
+        labels = labels.to(device, non_blocking=device.type == "cuda")  # [N]
+        if mixup:
+            images, labels = mixup(images, labels)  # labels: [N, classes]
+        with autocast():
+            logits = ddp(images)
+        smoothing = 0.0 if mixup else args.smoothing  # mixup's labels are smooth already
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        descend(loss, optimizer, scaler, args.clip_grad)
+        if ema:
+            ema.update(model)
+        log.step(step + 1, dict(lr=optimizer.param_groups[-1]["lr"]), loss=loss)
+
+
+def create_model(args, classes, device):
+    """The backbone, all of it trainable (patch projection, position too), and a new classifier."""
+    model, setting = checkpoint.create_downstream(args, drop_path=args.drop_path)
+    model.requires_grad_(True)
+    classifier = nn.Linear(model.num_features, classes)
+    nn.init.trunc_normal_(classifier.weight, std=0.02)
+    nn.init.zeros_(classifier.bias)
+    setattr(model, checkpoint.classifier_name(model), classifier)
+    return distributed.synchronize_batchnorm(model, device).to(device), setting
+
+
+def create_schedule(args, optimizer, epoch_steps):
+    """Warm-up, then half a cosine, which is counted from the end of the warm-up if per iteration
+    (MMPretrain), from the start if per epoch (DeiT)."""
+    per_iteration = args.lr_per == "iteration"
+    steps = epoch_steps if per_iteration else 1
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(1, args.epochs - args.warmup_epochs * per_iteration) * steps,
+        lr_min=args.min_lr,
+        warmup_t=args.warmup_epochs * steps,
+        warmup_lr_init=args.warmup_lr,
+        warmup_prefix=per_iteration,
+        t_in_epochs=not per_iteration,
+    )
+
+
+def create_augmentation(args, size):
+    try:
+        return create_transform(
+            (3, *size),
+            is_training=True,
+            scale=(args.crop_min, 1.0),
+            color_jitter=0.0,
+            auto_augment=None if args.aa == "none" else args.aa,
+            interpolation="bicubic",
+            re_prob=args.reprob,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError):
+        raise UserError(f"--aa {args.aa} is no policy that timm knows, or none") from None
+
+
+def create_mixup(args, classes):
+    if not args.mixup and not args.cutmix:
+        return None
+    if args.batch_size // distributed.world() % 2:
+        raise UserError("--mixup and --cutmix need an even number of images in each process")
+    return Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes)
+
+
+class Augmented:
+    """A batch of (epoch, index) → float32 [N, 3, H, W], labels [N]; `transform` of a PIL image."""
+
+    def __init__(self, source, transform, seed):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitems__(self, keys):
+        try:
+            images = torch.stack([self._view(epoch, index) for epoch, index in keys])
+        except UserError as error:
+            return error
+        return images, self.source.labels[[index for _, index in keys]]
+
+    def _view(self, epoch, index):
+        with seeded(self.seed, epoch, index):
+            return self.transform(tv.to_pil_image(self.source.read(index)))
+
+    def __len__(self):
+        return len(self.source)
+
+
+@contextmanager
+def seeded(*key):
+    """The global generators, which timm draws from, begin at `key`, and go on as before after."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def measure(model, dataset, size, workers, autocast):
+    """(top-1, top-5) in percent."""
+    model.eval()
+
+    def classify(images):
+        with autocast():
+            return [model(images)]
+
+    device = next(model.parameters()).device
+    [found] = evaluation.accuracy(
+        classify, 1, dataset.val, size, workers, device, interpolation="bicubic"
+    )
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args)

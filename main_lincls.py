@@ -1,0 +1,229 @@
+"""MoCo v3 linear probe: kNN and linear classifiers on frozen features (paper Sec. 4).
+
+One process (GPU or CPU), after `python main_moco.py @recipes/digits.txt`:
+    python main_lincls.py @recipes/lincls_digits.txt
+8 GPUs:
+    torchrun --nproc_per_node=8 main_lincls.py @recipes/lincls_vit_small.txt /data/imagenet \\
+        --pretrained runs/vit_small_300/checkpoint.pth
+Five rates for the price of one, kNN before; then the accuracy of a saved classifier:
+    python main_lincls.py /data/imagenet --pretrained CKPT --knn --lr .1 .3 1 3 10
+    python main_lincls.py /data/imagenet --pretrained linear_lr3.pth --evaluate
+"""
+
+import copy
+from contextlib import closing
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moco import checkpoint, cli, data, distributed
+from moco.augment import normalize
+from moco.builder import features
+from moco.distributed import ViewBatchNorm, at_least_fp32
+from moco.evaluation import KNN, accuracy, in_words
+from moco.log import Log, describe, introduce
+from moco.optimizer import descend, warmup_cosine
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(description=__doc__, parents=[cli.shared_flags(), cli.downstream_flags()])
+    parser.set_defaults(arch=None, img_size=None, epochs=90, batch_size=1024)
+    add = parser.add_argument
+    add("--lr", type=cli.positive_float, nargs="+", default=[0.1], metavar="LR", help="base rates, "
+        "a classifier for each; used: lr · batch/256")  # fmt: skip
+    add("--crop-min", type=cli.share, default=0.08, help="smallest crop, share of the area")
+    add("--batchnorm", action="store_true", help="normalise features before the classifiers, as "
+        "MAE does: for those of small spread")  # fmt: skip
+    add("--knn", action="store_true", help="kNN accuracy, before the probe")
+    add("--knn-bank", type=cli.positive, metavar="IMAGES", help="training images that kNN searches "
+        "(default: all)")  # fmt: skip
+    args = cli.check_downstream(parser, parser.parse_args(argv))
+    if len(set(args.lr)) < len(args.lr):
+        parser.error("--lr names a rate twice")
+    if args.epochs == 0 and not (args.knn or args.evaluate):
+        parser.error("--epochs 0 trains nothing: add --knn or --evaluate")
+    return args
+
+
+class Classifiers(nn.Module):
+    """A linear classifier for each rate, on the same features: [N, d] → [N, classes] each.
+
+    batchnorm: features are normalised first, without affine, as MAE's probe has it (arXiv
+    2111.06377, A.1); `folded` gives the linear classifier that does both.
+    """
+
+    def __init__(self, linears, batchnorm=None):
+        super().__init__()
+        self.linears, self.batchnorm = nn.ModuleList(linears), batchnorm
+
+    def forward(self, h):
+        if self.batchnorm:
+            h = self.batchnorm(h[None])[0]
+        return [linear(h) for linear in self.linears]
+
+    @torch.no_grad()
+    def folded(self):
+        for linear in self.linears:
+            if self.batchnorm:
+                mean, var = self.batchnorm.running_mean, self.batchnorm.running_var
+                linear = copy.deepcopy(linear)
+                linear.weight /= (var + self.batchnorm.eps).sqrt()
+                linear.bias -= linear.weight @ mean
+            yield linear
+
+
+def main(args):
+    device, amp = distributed.set_up(args.device, args.amp)
+    autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
+    dataset = data.labelled(data.load_data(args.data, args.data_root), args.data)
+    torch.manual_seed(args.seed)
+    classes = dataset.classes if args.evaluate else None
+    backbone, setting = checkpoint.create_downstream(args, classes)
+    backbone.requires_grad_(False).eval().to(device)  # frozen, BatchNorm's statistics as well
+    size = setting["img_size"]
+
+    if args.knn:
+        knn = KNN(dataset, size, args.knn_bank, args.workers, device)
+        ks = [k for k in (10, 20, 100, 200) if k <= len(knn.chosen)] or [knn.k]
+        for k, found in zip(ks, knn(backbone, autocast, ks)):
+            cli.say(f"kNN     {found:.2f} % with k {k}, bank {len(knn.chosen):,}")
+    if args.evaluate:
+        classifiers = Classifiers([getattr(backbone, checkpoint.classifier_name(backbone))])
+        [found] = measure(backbone, classifiers, dataset, size, args.workers, autocast)
+        cli.say(f"{in_words(*found, dataset.classes)} on {len(dataset.val):,} images")
+        return
+    if args.epochs:
+        probe(args, dataset, backbone, setting, device, amp, autocast)
+
+
+def probe(args, dataset, backbone, setting, device, amp, autocast):
+    """Trains the classifiers, shows their table, writes each in the published layout."""
+    folder = cli.output_folder(args, setting["arch"], "lincls")
+    previous = checkpoint.find_previous(args, folder)
+    size, training_set = setting["img_size"], dataset.bank
+    batches = data.EpochBatches(len(training_set), args.batch_size, args.seed)
+    crops = data.LabelledCrop(training_set, size, args.crop_min, args.seed)
+    loader = data.create_loader(crops, batches, args.workers, device, persistent=True)
+
+    classifiers = create_classifiers(args, backbone.num_features, dataset.classes).to(device)
+    optimizer = torch.optim.SGD(
+        [dict(params=linear.parameters()) for linear in classifiers.linears],
+        lr=0.0,  # set for each epoch
+        momentum=0.9,
+        weight_decay=0.0,
+    )
+    first_epoch, best = 0, [(0.0, 0)] * len(args.lr)  # of each rate: top-1, its epoch
+    if previous:
+        state = checkpoint.resume(previous, args, len(batches), classifiers, optimizer=optimizer)
+        first_epoch, best = state["epoch"], state["best"]
+    distributed.check_agreement(device, images=len(training_set), epoch=first_epoch)
+    ddp = distributed.parallel(classifiers, device)
+
+    about = describe(args, device, amp, **setting)
+    introduce(
+        folder,
+        about,
+        model=f"{setting['arch']}, frozen, {cli.origin(args)}",
+        data=f"{args.data}: {dataset.labelled_in_words()}",
+        batch=batches,
+        rate=", ".join(f"{lr:g}" for lr in args.lr) + f" · {args.batch_size}/256",
+    )
+    found = []
+    with closing(Log(folder, args, len(batches), first_epoch)) as log:
+        for epoch in range(first_epoch, args.epochs):
+            train_one_epoch(ddp, backbone, loader, optimizer, autocast, epoch, args, log)
+            done, step = epoch + 1, (epoch + 1) * len(batches)
+            if len(args.lr) == 1:  # of several, one may fail
+                log.check_weights(step, classifiers)
+            found = measure(backbone, classifiers, dataset, size, args.workers, autocast)
+            best = [max(old, (top1, done)) for old, (top1, _) in zip(best, found)]
+            values = {}
+            for lr, (top1, top5) in zip(args.lr, found):
+                name = f" lr {lr:g}" if len(args.lr) > 1 else ""
+                values |= {f"acc1{name}": top1, f"acc5{name}": top5}
+            log.evaluation(step, f"top-1 {max(found)[0]:.2f} %", **values)
+            if distributed.rank() == 0:
+                state = checkpoint.training_state(
+                    about | dict(best=best, found=found),
+                    done,
+                    step,
+                    classifiers,
+                    optimizer=optimizer,
+                )
+                checkpoint.save(folder, state)
+            log.epoch(done)
+    if distributed.rank() == 0:
+        found = found or state["found"]  # a run that was resumed after its end
+        report(args, dataset, classifiers, found, best)
+        for lr, classifier, (top1, _) in zip(args.lr, classifiers.folded(), best):
+            setattr(backbone, checkpoint.classifier_name(backbone), classifier)
+            state = checkpoint.training_state(
+                about | dict(best_acc1=top1), args.epochs, args.epochs * len(batches), backbone
+            )
+            checkpoint.save(folder, state, name=f"linear_lr{lr:g}.pth")
+
+
+def train_one_epoch(ddp, backbone, loader, optimizer, autocast, epoch, args, log):
+    """One pass over the data: one forward of the backbone for all classifiers."""
+    ddp.train()
+    device = next(backbone.parameters()).device
+    no_scaling = torch.amp.GradScaler(enabled=False)  # the classifiers are in fp32
+    for group, rate in zip(optimizer.param_groups, rates(args, epoch)):
+        group["lr"] = rate
+    settings = {f"lr {lr:g}": rate for lr, rate in zip(args.lr, rates(args, epoch))}
+    loader.batch_sampler.epoch = epoch
+    for step, (crops, labels) in enumerate(log.timed(loader), epoch * len(loader)):
+        crops = crops.to(device, non_blocking=device.type == "cuda")  # uint8 [N, 3, H, W]
+        labels = labels.to(device, non_blocking=device.type == "cuda")
+        with torch.no_grad(), autocast():
+            h = features(backbone, normalize(crops.float() / 255))  # [N, d]
+        losses = torch.stack([F.cross_entropy(y, labels) for y in ddp(at_least_fp32(h))])
+        descend(losses.sum(), optimizer, no_scaling)
+        log.step(step + 1, settings, loss=losses.nan_to_num(nan=torch.inf).min())
+
+
+def rates(args, epoch):
+    """Of each classifier: lr · batch/256, by a cosine to 0 per epoch, as published."""
+    peaks = [lr * args.batch_size / 256 for lr in args.lr]
+    return [warmup_cosine(epoch, args.epochs, warmup=0, peak=peak) for peak in peaks]
+
+
+def create_classifiers(args, d, classes):
+    """Weights N(0, .01), biases 0; the same at each rate, so that one alone trains alike."""
+    linears = [nn.Linear(d, classes) for _ in args.lr]
+    for linear in linears:
+        torch.manual_seed(args.seed)
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+    return Classifiers(linears, ViewBatchNorm(d, affine=False) if args.batchnorm else None)
+
+
+def measure(backbone, classifiers, dataset, size, workers, autocast):
+    """[(top-1, top-5)] in percent for each classifier."""
+    device = next(backbone.parameters()).device
+    classifiers.eval()
+
+    def classify(images):
+        with autocast():
+            h = features(backbone, images)
+        return classifiers(at_least_fp32(h))
+
+    return accuracy(classify, len(classifiers.linears), dataset.val, size, workers, device)
+
+
+def report(args, dataset, classifiers, found, best):
+    """A line for each rate, last and best; then the best rate's last accuracy."""
+    for lr, classifier, last, (top1, epoch) in zip(args.lr, classifiers.linears, found, best):
+        failed = "" if classifier.weight.isfinite().all() else "  (diverged)"
+        print(
+            f"lr {lr:<7g} last {in_words(*last, dataset.classes)}; "
+            f"best {top1:.2f} % in epoch {epoch}{failed}"
+        )
+    lr, last = max(zip(args.lr, found), key=lambda pair: pair[1])
+    print(f"linear  {in_words(*last, dataset.classes)} after {args.epochs} epochs, lr {lr:g}")
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args)

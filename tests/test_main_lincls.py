@@ -1,0 +1,228 @@
+"""The linear probe as its users run it."""
+
+import pytest
+import torch
+from conftest import ROOT, launch
+from official import linear, pretraining
+
+import main_lincls
+from moco import checkpoint
+from moco.log import read_rows
+
+TINY = "digits --batch-size 256 --epochs 2 --workers 0 --device cpu --amp off".split()
+
+
+def probe(script, folder, *args):
+    code, out, err = script("main_lincls.py", *TINY, "--output-dir", folder, *args)
+    assert code == 0, err
+    return out
+
+
+def state(path):
+    return checkpoint.load(path)["state_dict"]
+
+
+def test_a_probe_leaves_what_it_promises(script, tmp_path, pretrained):
+    out = probe(script, tmp_path, "--pretrained", pretrained, "--lr", 0.3, 3, "--knn")
+    for k in (10, 20, 100, 200):
+        assert f"% with k {k}, bank 1,437" in out
+    assert "lr 0.3     last top-1" in out and "linear  top-1" in out
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"args.json", "log.jsonl", "curves.png", "checkpoint.pth"} <= files
+    assert {"linear_lr0.3.pth", "linear_lr3.pth"} <= files
+    rows = [row for row in read_rows(tmp_path / "log.jsonl") if "acc1 lr 3" in row]
+    assert [row["step"] for row in rows] == [5, 10]
+
+    saved = checkpoint.load(tmp_path / "linear_lr3.pth")
+    assert {"epoch", "arch", "state_dict", "best_acc1", "num_heads", "img_size"} <= saved.keys()
+    assert saved["state_dict"]["module.head.weight"].shape == (10, 128)
+
+    code, out, _ = script("main_lincls.py", *TINY, "--pretrained", tmp_path / "linear_lr3.pth",
+                          "--evaluate")  # fmt: skip
+    assert code == 0 and f"top-1 {rows[-1]['acc1 lr 3']:.2f} %" in out
+
+
+@pytest.mark.parametrize("arch", ["vit_conv_nano", "resnet18"])
+def test_the_backbone_and_its_statistics_stay_as_they_are(script, tmp_path, arch):
+    size = 16 if arch == "vit_conv_nano" else 32
+    patch = ["--patch-size", 4] if arch == "vit_conv_nano" else []
+    argv = ["--from-scratch", "-a", arch, "--img-size", size, *patch, "--lr", 1]
+    probe(script, tmp_path / "0", *argv, "--epochs", 1)
+    probe(script, tmp_path / "1", *argv, "--epochs", 2)
+    once, twice = (state(tmp_path / n / "linear_lr1.pth") for n in "01")
+    for key, value in once.items():
+        head = key.startswith(("module.head.", "module.fc."))
+        assert torch.equal(value, twice[key]) != head, key
+
+
+def test_the_backbone_is_the_pretrained_one(script, tmp_path, pretrained):
+    probe(script, tmp_path, "--pretrained", pretrained)
+    before, after = state(pretrained), state(tmp_path / "linear_lr0.1.pth")
+    for key, value in after.items():
+        if not key.startswith("module.head."):
+            assert torch.equal(value, before[key.replace("module.", "module.base_encoder.")]), key
+
+
+def test_a_rate_in_a_sweep_trains_as_it_does_alone(script, tmp_path, pretrained):
+    probe(script, tmp_path / "many", "--pretrained", pretrained, "--lr", 0.1, 30, 1)
+    for lr in ("0.1", "30", "1"):
+        probe(script, tmp_path / lr, "--pretrained", pretrained, "--lr", lr)
+        many = state(tmp_path / "many" / f"linear_lr{lr}.pth")
+        for key, value in state(tmp_path / lr / f"linear_lr{lr}.pth").items():
+            assert torch.equal(value, many[key]), (lr, key)
+
+
+def test_one_rate_is_the_published_protocol():
+    """SGD with momentum .9, no decay, lr · batch/256 by a cosine per epoch: torch.optim agrees."""
+    args = main_lincls.parse_args(["digits", "--from-scratch", "-a", "vit_nano", "--lr", "3"])
+    assert (args.epochs, args.batch_size, args.crop_min) == (90, 1024, 0.08)
+    [classifier] = main_lincls.create_classifiers(args, 4096, 1000).linears
+    assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert (classifier.bias == 0).all()
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=3 * 1024 / 256)
+    published = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90)
+    for epoch in range(90):
+        assert main_lincls.rates(args, epoch) == pytest.approx(published.get_last_lr())
+        optimizer.step()
+        published.step()
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, pretrained, monkeypatch):
+    argv = ["--pretrained", pretrained, "--lr", 1, 3]
+    probe(script, tmp_path / "whole", *argv)
+    save = checkpoint.save
+
+    def save_and_stop(*args, **kwargs):
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    broken = tmp_path / "broken"
+    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+    code, *_ = script("main_lincls.py", *TINY, "--output-dir", broken, *argv)
+    assert code == 130
+    monkeypatch.undo()
+    probe(script, broken, *argv, "--resume", "auto")
+    for name in ("linear_lr1.pth", "linear_lr3.pth"):
+        whole, resumed = state(tmp_path / "whole" / name), state(broken / name)
+        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    assert "linear  top-1" in probe(script, broken, *argv, "--resume", "auto")  # nothing left to do
+
+
+def test_accuracy_is_the_same_on_any_number_of_processes(script, tmp_path, pretrained):
+    probe(script, tmp_path, "--pretrained", pretrained, "--lr", 3)
+    argv = ["digits", "--pretrained", tmp_path / "linear_lr3.pth", "--evaluate", "--knn"]
+    one, two, three = (
+        launch(world, "main_lincls.py", *argv, "--device", "cpu").stdout for world in (1, 2, 3)
+    )
+    assert one.count("kNN") == 4 and "on 360 images" in one
+    assert one == two == three
+
+
+def test_batchnorm_is_folded_into_the_classifier():
+    args = main_lincls.parse_args(["digits", "--from-scratch", "-a", "vit_nano", "--batchnorm"])
+    classifiers = main_lincls.create_classifiers(args, 8, 3).double()
+    for _ in range(3):
+        classifiers(3 + 2 * torch.randn(16, 8, dtype=torch.float64))
+    h = torch.randn(5, 8, dtype=torch.float64)
+    [logits], [linear] = classifiers.eval()(h), classifiers.folded()
+    torch.testing.assert_close(linear(h), logits)
+
+
+def test_one_rate_that_diverges_leaves_the_others(script, tmp_path, pretrained):
+    out = probe(script, tmp_path, "--pretrained", pretrained, "--lr", 1, 1e38)
+    assert out.count("(diverged)") == 1 and out.rstrip().endswith("lr 1")
+
+
+@pytest.mark.parametrize("arch", ["vit_small", "resnet18"])
+def test_official_files_are_read(script, tmp_path, image_file, arch):
+    for split in ("train", "val"):
+        for name in "abcd":
+            image_file(f"data/{split}/{name[0] < 'c'}/{name}.png")
+    torch.save(pretraining(arch), tmp_path / "pre.pth")
+    torch.save(linear(arch, 2), tmp_path / "linear.pth")
+    common = [
+        tmp_path / "data",
+        "--img-size",
+        64,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+    ]
+
+    code, out, err = script("main_lincls.py", *common, "--pretrained", tmp_path / "pre.pth",
+                            "--knn", "--epochs", 0)  # fmt: skip
+    assert code == 0 and "kNN" in out, err
+    code, out, err = script("main_lincls.py", *common, "--pretrained", tmp_path / "linear.pth",
+                            "--evaluate")  # fmt: skip
+    assert code == 0 and "top-1" in out, err
+    code, _, err = script(
+        "main_finetune.py", *common, "--pretrained", tmp_path / "pre.pth", "--epochs", 1, "-b", 2,
+        "--warmup-epochs", 0, "--drop-path", 0, "--output-dir", tmp_path / "tuned",
+    )  # fmt: skip
+    assert code == 0, err
+    code, _, err = script(
+        "main_moco.py", *common, "-a", arch, "--init-from", tmp_path / "pre.pth", "--epochs", 1,
+        "--warmup-epochs", 0, "-b", 2, "--knn-every", 0, "--output-dir", tmp_path / "moco",
+    )  # fmt: skip
+    assert code == 0, err
+
+
+BAD = {
+    "no weights": ("digits", "give --pretrained CKPT, or as a control --from-scratch and -a"),
+    "no backbone": ("digits --from-scratch", "give --pretrained CKPT, or as a control"),
+    "random to evaluate": ("digits --pretrained {pre} --from-scratch --evaluate", "leaves nothing"),
+    "missing path": ("digits --pretrained nope.pth", "no checkpoint at nope.pth"),
+    "no checkpoint": ("digits --pretrained {root}/README.md", "can't be read as a checkpoint"),
+    "wrong arch": ("digits --pretrained {pre} -a vit_small", "holds vit_nano, not vit_small"),
+    "wrong patch": ("digits --pretrained {pre} --patch-size 8", "in other shapes patch_embed"),
+    "wrong heads": ("digits --pretrained {six}", "trained with 6 heads, this model has 12"),
+    "no arch": ("digits --pretrained {nameless}", "name it with -a"),
+    "a probe": ("digits --pretrained {linear}", "no base_encoder; with a classifier it is for"),
+    "nothing to evaluate": ("digits --pretrained {pre} --evaluate", "no classifier to evaluate"),
+    "other classes": ("digits --pretrained {linear} --evaluate --img-size 32", "knows 7 classes"),
+    "missing folder": ("{tmp}/nope --pretrained {pre}", "nope does not exist"),
+    "no val": ("{tmp}/noval --pretrained {pre}", "no val/ beside train/"),
+    "no labels": ("{tmp}/flat --pretrained {pre}", "a folder for each class: no train/ below it"),
+    "one class": ("{tmp}/one --pretrained {pre}", "holds a single class"),
+    "large batch": ("digits --pretrained {pre} -b 4096", "1437 images don't fill one"),
+    "two equal rates": ("digits --pretrained {pre} --lr 1 1.0", "names a rate twice"),
+    "nothing to do": ("digits --pretrained {pre} --epochs 0", "add --knn or --evaluate"),
+    "no number": ("digits --pretrained {pre} --lr 1 high", "'high' is not a number above 0"),
+    "two tasks": ("digits --pretrained {pre} --evaluate --resume auto", "give one"),
+    "resume what": ("digits --pretrained {pre} --resume nope.pth", "no checkpoint at nope.pth"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, pretrained):
+    folder = tmp_path_factory.mktemp("files")
+    content = checkpoint.load(pretrained)
+    vit = pretraining("vit_small", dim=8, mlp=8)
+    torch.save(vit | {"num_heads": 6}, folder / "six.pth")
+    torch.save({k: v for k, v in content.items() if k != "arch"}, folder / "nameless.pth")
+    torch.save(linear("vit_small", 7), folder / "linear.pth")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["main_lincls.py", "main_finetune.py"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line(script, tmp_path, image_file, pretrained, files, case, name):
+    for path in ("noval/train/a/1.png", "noval/train/b/1.png", "flat/1.png",
+                 "one/train/a/1.png", "one/val/a/1.png"):  # fmt: skip
+        image_file(path)
+    line, words = BAD[case]
+    if name == "main_finetune.py" and case in ("two equal rates", "nothing to do"):
+        pytest.skip("the probe's own")
+    paths = {p: files / f"{p}.pth" for p in ("six", "nameless", "linear")}
+    line = line.format(tmp=tmp_path, root=ROOT, pre=pretrained, **paths)
+    run = tmp_path / "run"
+    argv = ["--output-dir", run, "--device", "cpu", "--workers", 0]
+    code, out, err = script(name, *line.split()[:1], *argv, *line.split()[1:])
+    assert (code, err.count("\n")) == (2, 1), out + err
+    assert err.startswith(f"{name}: error: ") and words in err
+    assert not run.exists()
