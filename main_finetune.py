@@ -14,11 +14,14 @@ Transfer; then the accuracy of what it left:
 import random
 from contextlib import closing, contextmanager
 from functools import partial
+from operator import itemgetter
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import NAME_TO_OP
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -28,6 +31,7 @@ from torchvision.transforms.v2 import functional as tv
 from moco import UserError, checkpoint, cli, data, distributed, evaluation
 from moco.log import Log, describe, introduce
 from moco.optimizer import descend
+from vits import check_precision
 
 
 def parse_args(argv=None):
@@ -81,7 +85,7 @@ def main(args):
 
 def finetune(args, dataset, device, amp, autocast):
     torch.manual_seed(args.seed)  # the same weights on every rank
-    model, setting = create_model(args, dataset.classes, device)
+    model, setting = create_model(args, dataset.classes, device, amp)
     folder = cli.output_folder(args, setting["arch"], "finetune")
     previous = checkpoint.find_previous(args, folder)
     size, training_set = setting["img_size"], dataset.bank
@@ -91,17 +95,7 @@ def finetune(args, dataset, device, amp, autocast):
     loader = data.create_loader(views, batches, args.workers, device, persistent=True)
     mixup = create_mixup(args, dataset.classes)
 
-    if args.layer_decay is not None and not hasattr(model, "group_matcher"):
-        raise UserError(f"--layer-decay is for ViTs, and {setting['arch']} is none: drop it")
-    optimizer = create_optimizer_v2(
-        model,
-        opt="adamw",
-        lr=args.lr * args.batch_size / 256,
-        weight_decay=args.wd,
-        layer_decay=args.layer_decay,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-    )
+    optimizer = create_optimizer(args, model, setting["arch"])
     schedule = create_schedule(args, optimizer, len(batches))
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     ema = ModelEmaV3(model, decay=args.ema) if args.ema else None
@@ -136,7 +130,7 @@ def finetune(args, dataset, device, amp, autocast):
             measured = ema.module if args.evaluate_ema else model
             top1, top5 = measure(measured, dataset, size, args.workers, autocast)
             better = top1 > best[0]
-            best = max(best, (top1, done), key=lambda pair: pair[0])
+            best = max(best, (top1, done), key=itemgetter(0))
             log.evaluation(step, f"top-1 {top1:.2f} %", acc1=top1, acc5=top5)
             if distributed.rank() == 0:
                 extra = about | dict(best=best, best_acc1=best[0])
@@ -177,15 +171,31 @@ def train_one_epoch(
         log.step(step + 1, dict(lr=optimizer.param_groups[-1]["lr"]), loss=loss)
 
 
-def create_model(args, classes, device):
+def create_model(args, classes, device, amp):
     """The backbone, all of it trainable (patch projection, position too), and a new classifier."""
     model, setting = checkpoint.create_downstream(args, drop_path=args.drop_path)
+    check_precision(setting["arch"], setting["img_size"], device, amp)
     model.requires_grad_(True)
     classifier = nn.Linear(model.num_features, classes)
     nn.init.trunc_normal_(classifier.weight, std=0.02)
     nn.init.zeros_(classifier.bias)
     setattr(model, checkpoint.classifier_name(model), classifier)
     return distributed.synchronize_batchnorm(model, device).to(device), setting
+
+
+def create_optimizer(args, model, arch):
+    """AdamW; timm leaves norms, biases, class token and position embedding without decay."""
+    if args.layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise UserError(f"--layer-decay is for ViTs, and {arch} is none: drop it")
+    return create_optimizer_v2(
+        model,
+        opt="adamw",
+        lr=args.lr * args.batch_size / 256,
+        weight_decay=args.wd,
+        layer_decay=args.layer_decay,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+    )
 
 
 def create_schedule(args, optimizer, epoch_steps):
@@ -226,6 +236,14 @@ def create_mixup(args, classes):
     if args.batch_size // distributed.world() % 2:
         raise UserError("--mixup and --cutmix need an even number of images in each process")
     return Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes)
+
+
+def posterize(image, bits, **_):
+    """For timm: its strongest level keeps no bit, a black image, which Pillow 13 refuses to make."""
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+
+
+NAME_TO_OP["PosterizeIncreasing"] = NAME_TO_OP["Posterize"] = posterize
 
 
 class Augmented:

@@ -13,6 +13,7 @@ Five rates for the price of one, kNN before; then the accuracy of a saved classi
 import copy
 from contextlib import closing
 from functools import partial
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -108,12 +109,7 @@ def probe(args, dataset, backbone, setting, device, amp, autocast):
     loader = data.create_loader(crops, batches, args.workers, device, persistent=True)
 
     classifiers = create_classifiers(args, backbone.num_features, dataset.classes).to(device)
-    optimizer = torch.optim.SGD(
-        [dict(params=linear.parameters()) for linear in classifiers.linears],
-        lr=0.0,  # set for each epoch
-        momentum=0.9,
-        weight_decay=0.0,
-    )
+    optimizer = create_optimizer(classifiers)
     first_epoch, best = 0, [(0.0, 0)] * len(args.lr)  # of each rate: top-1, its epoch
     if previous:
         state = checkpoint.resume(previous, args, len(batches), classifiers, optimizer=optimizer)
@@ -138,30 +134,29 @@ def probe(args, dataset, backbone, setting, device, amp, autocast):
             if len(args.lr) == 1:  # of several, one may fail
                 log.check_weights(step, classifiers)
             found = measure(backbone, classifiers, dataset, size, args.workers, autocast)
-            best = [max(old, (top1, done)) for old, (top1, _) in zip(best, found)]
+            best = [
+                max(old, (top1, done), key=itemgetter(0)) for old, (top1, _) in zip(best, found)
+            ]
             values = {}
             for lr, (top1, top5) in zip(args.lr, found):
                 name = f" lr {lr:g}" if len(args.lr) > 1 else ""
                 values |= {f"acc1{name}": top1, f"acc5{name}": top5}
             log.evaluation(step, f"top-1 {max(found)[0]:.2f} %", **values)
             if distributed.rank() == 0:
+                extra = about | dict(best=best, found=found)
                 state = checkpoint.training_state(
-                    about | dict(best=best, found=found),
-                    done,
-                    step,
-                    classifiers,
-                    optimizer=optimizer,
+                    extra, done, step, classifiers, optimizer=optimizer
                 )
                 checkpoint.save(folder, state)
             log.epoch(done)
     if distributed.rank() == 0:
         found = found or state["found"]  # a run that was resumed after its end
         report(args, dataset, classifiers, found, best)
+        step = args.epochs * len(batches)
         for lr, classifier, (top1, _) in zip(args.lr, classifiers.folded(), best):
             setattr(backbone, checkpoint.classifier_name(backbone), classifier)
-            state = checkpoint.training_state(
-                about | dict(best_acc1=top1), args.epochs, args.epochs * len(batches), backbone
-            )
+            extra = about | dict(best_acc1=top1)
+            state = checkpoint.training_state(extra, args.epochs, step, backbone)
             checkpoint.save(folder, state, name=f"linear_lr{lr:g}.pth")
 
 
@@ -169,19 +164,26 @@ def train_one_epoch(ddp, backbone, loader, optimizer, autocast, epoch, args, log
     """One pass over the data: one forward of the backbone for all classifiers."""
     ddp.train()
     device = next(backbone.parameters()).device
-    no_scaling = torch.amp.GradScaler(enabled=False)  # the classifiers are in fp32
     for group, rate in zip(optimizer.param_groups, rates(args, epoch)):
         group["lr"] = rate
     settings = {f"lr {lr:g}": rate for lr, rate in zip(args.lr, rates(args, epoch))}
     loader.batch_sampler.epoch = epoch
     for step, (crops, labels) in enumerate(log.timed(loader), epoch * len(loader)):
-        crops = crops.to(device, non_blocking=device.type == "cuda")  # uint8 [N, 3, H, W]
-        labels = labels.to(device, non_blocking=device.type == "cuda")
-        with torch.no_grad(), autocast():
-            h = features(backbone, normalize(crops.float() / 255))  # [N, d]
-        losses = torch.stack([F.cross_entropy(y, labels) for y in ddp(at_least_fp32(h))])
-        descend(losses.sum(), optimizer, no_scaling)
+        losses = train_step(ddp, backbone, optimizer, autocast, crops, labels, device)
         log.step(step + 1, settings, loss=losses.nan_to_num(nan=torch.inf).min())
+
+
+def train_step(classifiers, backbone, optimizer, autocast, crops, labels, device):
+    """crops: uint8 [N, 3, H, W], labels: [N] → the loss of each classifier."""
+    crops = crops.to(device, non_blocking=device.type == "cuda")
+    labels = labels.to(device, non_blocking=device.type == "cuda")
+    with torch.no_grad(), autocast():
+        h = features(backbone, normalize(crops.float() / 255))  # [N, d]
+    logits = classifiers(at_least_fp32(h))  # [N, classes] each
+    losses = torch.stack([F.cross_entropy(y, labels) for y in logits])
+    no_scaling = torch.amp.GradScaler(enabled=False)  # the classifiers are in fp32
+    descend(losses.sum(), optimizer, no_scaling)  # no classifier has a part in another's loss
+    return losses
 
 
 def rates(args, epoch):
@@ -198,6 +200,12 @@ def create_classifiers(args, d, classes):
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
     return Classifiers(linears, ViewBatchNorm(d, affine=False) if args.batchnorm else None)
+
+
+def create_optimizer(classifiers):
+    """SGD, a group for each classifier, whose rate is set for each epoch."""
+    groups = [dict(params=linear.parameters()) for linear in classifiers.linears]
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=0.0)
 
 
 def measure(backbone, classifiers, dataset, size, workers, autocast):

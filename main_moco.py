@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from moco import UserError, checkpoint, cli, data, distributed
+from moco import checkpoint, cli, data, distributed
 from moco.augment import augment
 from moco.builder import MoCo
 from moco.evaluation import KNN
 from moco.log import Log, describe, draw_views, introduce
 from moco.optimizer import cosine_momentum, create_optimizer, descend, set_lr, warmup_cosine
-from vits import RESNETS, create_backbone
+from vits import check_precision, create_backbone
 
 
 def parse_args(argv=None):
@@ -146,11 +146,7 @@ def peak_lr(args):
 
 
 def create_model(args, device, amp):
-    if amp and device.type == "cpu" and args.arch in RESNETS and min(args.img_size) <= 16:
-        # Taps of a 3×3 kernel that lie on padding alone (the last stage is 1 pixel wide) get
-        # uninitialised memory as their gradient, in torch 2.6 as in 2.15.
-        raise UserError("torch's bf16 gradients on a CPU are wrong for ResNets at 16 pixels or "
-                        "less: --amp off, or a larger --img-size")  # fmt: skip
+    check_precision(args.arch, args.img_size, device, amp)
     torch.manual_seed(args.seed)  # the same weights on every rank
     backbone = create_backbone(args.arch, args.img_size, args.patch_size, args.stop_grad_conv1)
     backbone = distributed.synchronize_batchnorm(backbone, device)

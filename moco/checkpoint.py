@@ -93,7 +93,9 @@ def resume(path, args, epoch_steps, model, **parts):
     """Loads a training checkpoint into model and parts → its dict. UserError if `args` differ."""
     state = load(path)
     if "args" not in state:
-        raise UserError(f"{path} has weights but no arguments to continue with: use --init-from")
+        raise UserError(
+            f"{path} has weights, but no arguments of a run to continue: begin with --init-from"
+        )
     changed = [
         f"--{name.replace('_', '-')} {state['args'].get(name)} → {value}"
         for name, value in vars(args).items()

@@ -2,6 +2,7 @@ import os
 import runpy
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import main_moco  # noqa: E402
+from moco import checkpoint  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]  # fmt: skip  # noqa: E501
 
@@ -54,6 +56,21 @@ def launch(processes, name, *args, **env):
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )
+
+
+@contextmanager
+def interrupted_after_saving():
+    """Ctrl-C as soon as a checkpoint is written; yields the list of what was saved."""
+    save, saved = checkpoint.save, []
+
+    def save_and_stop(*args, **kwargs):
+        save(*args, **kwargs)
+        saved.append(args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_stop)
+        yield saved
 
 
 @pytest.fixture(scope="session")

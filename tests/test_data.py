@@ -15,6 +15,7 @@ from moco.data import (
     Arrays,
     CentreCrop,
     EpochBatches,
+    LabelledCrop,
     TwoCrops,
     create_loader,
     crop_box,
@@ -268,3 +269,76 @@ def test_stl10_trains_on_the_unlabelled_images_too(tmp_path, monkeypatch):
     assert data.bank.labels.tolist() == [0, 9] and data.val.labels.tolist() == [9, 0]
     # On disk an image lies column by column.
     assert torch.equal(data.train.read(3), torch.from_numpy(pixels[1]).mT)
+
+
+def _jpegs(folder, names):
+    folder.mkdir(parents=True)
+    for number, name in enumerate(names):
+        Image.new("RGB", (40, 30), (40 * number, 0, 0)).save(folder / f"{name}.jpg")
+
+
+def test_flowers102_trains_on_train_and_val(tmp_path, monkeypatch):
+    from scipy.io import savemat
+
+    dataset = torchvision.datasets.Flowers102
+    folder = tmp_path / "flowers-102"
+    _jpegs(folder / "jpg", [f"image_{n:05}" for n in range(1, 7)])
+    savemat(folder / "imagelabels.mat", {"labels": [[3, 1, 102, 2, 3, 4]]})
+    savemat(folder / "setid.mat", {"trnid": [[1, 4]], "valid": [[2, 5]], "tstid": [[3, 6]]})
+    monkeypatch.setattr(dataset, "_check_integrity", lambda self: True)
+    for key in ("label", "setid"):
+        path = folder / dataset._file_dict[key][0]
+        files = dataset._file_dict | {key: (path.name, hashlib.md5(path.read_bytes()).hexdigest())}
+        monkeypatch.setattr(dataset, "_file_dict", files)
+    data = load_data("flowers102", tmp_path)
+    assert (len(data.train), len(data.val), data.classes) == (4, 2, 102)
+    assert data.bank.labels.tolist() == [2, 1, 0, 2] and data.val.labels.tolist() == [101, 3]
+    assert data.train.read(2).shape == (3, 30, 40)  # the first of val: image 2, dark red
+    assert data.train.read(2)[0].float().mean() == pytest.approx(40, abs=2)
+
+
+def test_pets_files(tmp_path):
+    folder = tmp_path / "oxford-iiit-pet"
+    _jpegs(folder / "images", ["cat_1", "dog_1", "dog_2"])
+    notes = folder / "annotations"
+    notes.mkdir()
+    (notes / "trainval.txt").write_text("cat_1 1 1 1\ndog_1 37 2 1\n")
+    (notes / "test.txt").write_text("dog_2 37 2 1\n")
+    data = load_data("pets", tmp_path)
+    assert (len(data.train), len(data.val), data.classes) == (2, 1, 37)
+    assert data.bank.labels.tolist() == [0, 36] and data.val.labels.tolist() == [36]
+    assert data.val.read(0).shape == (3, 30, 40)
+
+
+# What the probe and fine-tuning train on.
+
+
+def test_labelled_crops_are_random_crops_half_of_them_flipped():
+    ramp = torch.arange(32, dtype=torch.uint8).expand(1, 3, 32, 32).contiguous()
+    crops = LabelledCrop(Arrays(ramp, torch.tensor([7])), (8, 8), 0.2, seed=0)
+    images, labels = crops.__getitems__([(epoch, 0) for epoch in range(200)])
+    assert images.shape == (200, 3, 8, 8) and (labels == 7).all()
+    rising = (images[:, 0, 0, -1] > images[:, 0, 0, 0]).float().mean()
+    assert 0.4 < rising < 0.6
+    again, _ = crops.__getitems__([(5, 0)])
+    assert torch.equal(again[0], images[5])
+
+
+def test_repeated_augmentation_shows_fewer_images_with_other_numbers():
+    batches = EpochBatches(100, 30, seed=0, repeats=3)
+    keys = [key for batch in batches for key in batch]
+    images = {index for _, index in keys}
+    assert len(keys) == 90 and len(images) == 30 and len(set(keys)) == 90
+    batches.epoch = 1
+    assert not set(keys) & {key for batch in batches for key in batch}
+    once = EpochBatches(100, 30, seed=0)
+    assert all(epoch == 0 for batch in once for epoch, _ in batch)
+
+
+def test_bicubic_and_bilinear_views_differ():
+    image = torch.randint(0, 256, (1, 3, 50, 40), dtype=torch.uint8)
+    views = [
+        CentreCrop(Arrays(image), (16, 16), name).__getitems__([0])
+        for name in ("bilinear", "bicubic")
+    ]
+    assert views[0].shape == views[1].shape and not torch.equal(*views)

@@ -30,3 +30,21 @@ def test_digits_recipe_learns(script, tmp_path):
     code, _, err = script("main_moco.py", recipe, "--device", "cuda", "--output-dir", tmp_path)
     assert code == 0, err
     assert [row["knn"] for row in read_rows(tmp_path / "log.jsonl") if "knn" in row][-1] >= 95
+
+
+@pytest.mark.parametrize("name", ["main_lincls.py", "main_finetune.py"])
+def test_probe_and_fine_tuning_run_through_nccl(tmp_path, pretrained, name):
+    argv = [
+        "digits",
+        "--pretrained",
+        pretrained,
+        "-b",
+        256,
+        "--epochs",
+        5,
+        "--output-dir",
+        tmp_path,
+    ]
+    done = launch(1, name, *argv, "--device", "cuda")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_rows(tmp_path / "log.jsonl") if "acc1" in row][-1] == 25

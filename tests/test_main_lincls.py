@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import ROOT, interrupted_after_saving, launch
 from official import linear, pretraining
 
 import main_lincls
@@ -89,20 +89,13 @@ def test_one_rate_is_the_published_protocol():
         published.step()
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, pretrained, monkeypatch):
+def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, pretrained):
     argv = ["--pretrained", pretrained, "--lr", 1, 3]
     probe(script, tmp_path / "whole", *argv)
-    save = checkpoint.save
-
-    def save_and_stop(*args, **kwargs):
-        save(*args, **kwargs)
-        raise KeyboardInterrupt
-
     broken = tmp_path / "broken"
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
-    code, *_ = script("main_lincls.py", *TINY, "--output-dir", broken, *argv)
+    with interrupted_after_saving():
+        code, *_ = script("main_lincls.py", *TINY, "--output-dir", broken, *argv)
     assert code == 130
-    monkeypatch.undo()
     probe(script, broken, *argv, "--resume", "auto")
     for name in ("linear_lr1.pth", "linear_lr3.pth"):
         whole, resumed = state(tmp_path / "whole" / name), state(broken / name)
@@ -226,3 +219,9 @@ def test_bad_input_gets_one_line(script, tmp_path, image_file, pretrained, files
     assert (code, err.count("\n")) == (2, 1), out + err
     assert err.startswith(f"{name}: error: ") and words in err
     assert not run.exists()
+
+
+def test_the_benchmark_runs():
+    done = launch(1, "benchmarks/probe.py", "--quick", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert '"10 rates"' in done.stdout

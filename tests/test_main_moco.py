@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT, TINY, launch
+from conftest import ROOT, TINY, interrupted_after_saving, launch
 
 import main_moco
 from moco import UserError, checkpoint
@@ -39,21 +39,13 @@ def test_a_run_leaves_what_it_promises(script, tmp_path):
     assert (state["epoch"], state["iteration"], state["num_heads"]) == (2, 10, 4)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert script("main_moco.py", *TINY, "--output-dir", whole)[0] == 0
 
-    save, saved = checkpoint.save, []
-
-    def save_and_stop(*args):
-        save(*args)
-        saved.append(args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
-    code, _, err = script("main_moco.py", *TINY, "--output-dir", broken, "--resume", "auto")
+    with interrupted_after_saving() as saved:
+        code, _, err = script("main_moco.py", *TINY, "--output-dir", broken, "--resume", "auto")
     assert code == 130 and "--resume auto" in err and len(saved) == 1
-    monkeypatch.setattr(checkpoint, "save", save)
     assert script("main_moco.py", *TINY, "--output-dir", broken, "--resume", "auto")[0] == 0
     resumed = weights(broken)
     for key, value in weights(whole).items():
@@ -125,7 +117,7 @@ BAD = {
         "digits -b 64 -a resnet18 --stop-grad-conv1 --device cpu", 2, "is for ViTs",
     ),
     "a ResNet on tiny images in bf16": (
-        "digits -b 64 -a resnet18 --img-size 16 --amp bf16 --device cpu", 2, "--amp off, or a",
+        "digits -b 64 -a resnet18 --img-size 16 --amp bf16 --device cpu", 2, "off, or a larger",
     ),
     "cifar without network": ("cifar10 {tiny} --data-root {root}/README.md", 2, "no cifar10"),
 }  # fmt: skip

@@ -3,7 +3,10 @@
 import pytest
 from conftest import ROOT
 
+import main_finetune
+import main_lincls
 import main_moco
+from moco.data import NAMES
 from vits import create_backbone
 
 COLUMNS = "arch epochs optimizer lr wd moco_m moco_t warmup_epochs crop_min stop_grad clip".split()
@@ -33,9 +36,66 @@ def test_recipe_has_the_published_numbers(name):
     assert args.data == "DIR" and args.output_dir == f"runs/{name}"
 
 
-def test_every_recipe_is_in_the_table_and_later_flags_win():
+PROBES = {"lincls_resnet50": 0.4, "lincls_vit_small": 12, "lincls_vit_base": 12}
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_probe_has_the_published_numbers(name):
+    args = main_lincls.parse_args([f"@{ROOT}/recipes/{name}.txt", "DIR", "--pretrained", "x"])
+    [rate] = main_lincls.rates(args, epoch=0)
+    assert rate == pytest.approx(PROBES[name])
+    assert (args.epochs, args.batch_size, args.crop_min, args.batchnorm) == (90, 1024, 0.08, False)
+
+
+# Of all: RandAugment 9 of deviation .5, increasing, crop-min .08, smoothing .1, rate down to 1e-5.
+TUNING = (
+    "epochs batch_size effective wd clip_grad warmup_epochs warmup_lr lr_per drop_path reprob "
+    "mixup cutmix repeated_aug ema evaluate_ema amp"
+).split()
+DEIT = (0.05, None, 5, 1e-6, "epoch")
+TUNED = {
+    "vit_small_deit": (300, 1024, 1e-3, *DEIT, 0.1, 0.25, 0.8, 1, 3, 0.99996, False, "auto"),
+    "vit_base_150_deit": (150, 1024, 1e-3, *DEIT, 0.1, 0.25, 0.8, 1, 3, 0.99996, False, "auto"),
+    "vit_large_100_deit": (100, 1024, 1e-3, *DEIT, 0.5, 0.25, 0.8, 1, 3, 0.99996, False, "auto"),
+    "vit_base_150_mm": (
+        150, 512, 5e-4, 0.05, 5.0, 5, 5e-7, "iteration", 0.1, 0.25, 0.8, 1, 1, 0.99996, True, "off",
+    ),
+    "vit_large_100_mm": (
+        100, 512, 5e-4, 0.05, 5.0, 5, 5e-7, "iteration", 0.5, 0.25, 0.8, 1, 1, 0.99996, True, "off",
+    ),
+    # 3e-4 · batch/512 at 8 · 128 images
+    **{
+        f"vit_base_{name}": (
+            100, 1024, 6e-4, wd, None, 3, 1e-6, "epoch", drop, erase, mix, cut, 1, 0.99996, False,
+            "auto",
+        )
+        for name, wd, drop, erase, mix, cut in (
+            ("cifar10", 0.1, 0.1, 0, 0.8, 1),
+            ("cifar100", 0.1, 0.1, 0, 0.5, 1),
+            ("flowers102", 0.3, 0.1, 0.25, 0, 0),
+            ("pets", 0.1, 0, 0, 0.8, 0),
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_tuning_has_the_published_numbers(name):
+    named = name.split("_")[-1] in NAMES
+    argv = [f"@{ROOT}/recipes/finetune_{name}.txt", *([] if named else ["DIR"])]
+    args = main_finetune.parse_args([*argv, "--pretrained", "x"])
+    found = vars(args) | {"effective": pytest.approx(args.lr * args.batch_size / 256)}
+    assert tuple(found[key] for key in TUNING) == TUNED[name]
+    assert (args.aa, args.crop_min, args.smoothing, args.min_lr, args.layer_decay) == (
+        "rand-m9-mstd0.5-inc1", 0.08, 0.1, 1e-5, None,
+    )  # fmt: skip
+    assert args.data == (name.split("_")[-1] if named else "DIR")
+
+
+def test_every_recipe_is_in_a_table_and_later_flags_win():
     files = {path.stem for path in (ROOT / "recipes").glob("*.txt")}
-    assert files == {*ROWS, "digits"}
+    tuned = {f"finetune_{name}" for name in TUNED}
+    assert files == {*ROWS, *PROBES, *tuned, "digits", "lincls_digits", "finetune_digits"}
     args = main_moco.parse_args([f"@{ROOT}/recipes/digits.txt", "--epochs", "9"])
     assert args.data == "digits" and args.epochs == 9
     create_backbone(args.arch, args.img_size, args.patch_size, args.stop_grad_conv1)
