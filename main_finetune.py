@@ -239,7 +239,7 @@ def create_mixup(args, classes):
 
 
 def posterize(image, bits, **_):
-    """For timm: its strongest level keeps no bit, a black image, which Pillow 13 refuses to make."""
+    """The strongest level of a policy keeps no bit: a black image, which Pillow 13 refuses."""
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
