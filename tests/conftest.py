@@ -47,10 +47,10 @@ def script(monkeypatch, capfd):
 
 
 def launch(processes, name, *args, **env):
-    """`torchrun --nproc_per_node=PROCESSES NAME ARGS…` → subprocess.CompletedProcess."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    """`torchrun --nproc_per_node=PROCESSES NAME ARGS…`, one as `python NAME ARGS…` → its result."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     return subprocess.run(
-        [*torchrun, "--standalone", str(ROOT / name), *map(str, args)],
+        [sys.executable, *torchrun * (processes > 1), str(ROOT / name), *map(str, args)],
         capture_output=True,
         text=True,
         timeout=300,
