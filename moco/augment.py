@@ -56,7 +56,7 @@ def augment(images, rows):
     rows stay in CPU memory: which images an operation touches is decided there, so that nothing
     waits for the device and each operation costs only the images it changes.
     """
-    x = images.float() / 255
+    x = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
     device_rows = rows.to(x.device, non_blocking=x.is_cuda)
 
     def apply(operation, chosen, column):

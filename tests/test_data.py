@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import time
 from itertools import chain
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_views_are_a_function_of_seed_epoch_and_index(image_file, tmp_path):
     def views(seed, keys, workers):
         batches = [keys[i : i + 2] for i in range(0, len(keys), 2)]
         loader = create_loader(TwoCrops(source, (24, 16), 0.2, seed), batches, workers, CPU)
-        crops, rows = zip(*loader)
+        crops, rows = zip(*((crops.clone(), rows) for crops, rows in loader))
         return torch.cat(crops, 1), torch.cat(rows, 1)
 
     keys = [(epoch, i) for epoch in (0, 1) for i in range(6)]
@@ -52,6 +53,19 @@ def test_views_are_a_function_of_seed_epoch_and_index(image_file, tmp_path):
     assert not torch.equal(rows[:, :6], rows[:, 6:])  # another epoch
     assert not torch.equal(views(1, keys, workers=0)[1], rows)  # another seed
     assert not torch.equal(rows[0], rows[1])  # the other view
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_workers_batch_lasts_until_the_one_after_the_next(workers):
+    source = Arrays(torch.arange(120, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8))
+    batches = [[(0, 2 * i), (0, 2 * i + 1)] for i in range(60)]
+    held = []
+    loader = create_loader(TwoCrops(source, (8, 8), 0.2, 0), batches, workers, CPU)
+    for n, (crops, _) in enumerate(loader):
+        time.sleep(0.005)  # the workers go as far ahead as they may
+        held = [*held[-1:], (n, crops)]
+        for i, batch in held:
+            assert torch.equal(batch[:, :, 0, 0, 0], torch.tensor([[2 * i, 2 * i + 1]] * 2))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

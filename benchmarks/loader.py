@@ -1,0 +1,148 @@
+"""What the loader does on one core, beside the recipe that everyone uses; and through DataLoader.
+
+    python benchmarks/loader.py --out benchmarks/results/loader.json
+    python benchmarks/loader.py --quick
+JPEGs of 500×375, quality 92, cut from scikit-learn's two photographs; two views of 224 pixels.
+Images a second, one process and one thread: (a) PIL, torchvision's v1 transforms, two float views;
+(b) our worker's half, two uint8 crops and the parameters of what the device will do; (c) decoding
+alone, the limit. Then (b) through the DataLoader that main_moco.py uses. Medians of rounds that
+take turns.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from sklearn.datasets import load_sample_images
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from moco import data
+from moco.augment import MEAN, STD
+from moco.log import describe
+
+SIZE, CROP_MIN, BATCH = 224, 0.08, 32
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("-j", "--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--quick", action="store_true", help="few images, few rounds")
+    parser.add_argument("--out", metavar="JSON")
+    args = parser.parse_args()
+    count, rounds = (16, 2) if args.quick else (args.images, args.rounds)
+    torch.set_num_threads(1)
+    random.seed(0)
+    torch.manual_seed(0)
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_photographs(Path(folder), count)
+        crops = data.TwoCrops(data.Files(folder, paths), (SIZE, SIZE), CROP_MIN, seed=0)
+        views = [usual_view(sigma_p=1.0), usual_view(sigma_p=0.1, solarize_p=0.2)]
+
+        def usual():
+            for path in paths:
+                with Image.open(Path(folder, path)) as image:
+                    image = image.convert("RGB")
+                torch.stack([view(image) for view in views])
+
+        def ours():
+            for first in range(0, count, BATCH):
+                crops.__getitems__([(0, i) for i in range(first, min(first + BATCH, count))])
+
+        def decoding():
+            for i in range(count):
+                crops.source.read(i)
+
+        rates = {"usual": [], "ours": [], "decode": []}
+        for _ in range(rounds):
+            for name, work in zip(rates, (usual, ours, decoding)):
+                start = time.perf_counter()
+                work()
+                rates[name].append(count / (time.perf_counter() - start))
+        through = loader_rate(crops, args.workers, 3 if args.quick else 80)
+
+    usual, ours, decoding = (statistics.median(values) for values in rates.values())
+    about = describe(args, torch.device("cpu"), None)
+    report = {
+        "command": " ".join(["python benchmarks/loader.py", *sys.argv[1:]]),
+        "images_per_s_per_core": {
+            "a: usual recipe": round(usual),
+            "b: ours": round(ours),
+            "c: decoding alone": round(decoding),
+        },
+        "b/a": round(ours / usual, 2),
+        "b/c": round(ours / decoding, 2),
+        "loader": {
+            "workers": args.workers,
+            "images_per_s": round(through),
+            "share of workers · b": round(through / (args.workers * ours), 2),
+        },
+        "cores": os.cpu_count(),
+        "versions": about["versions"],
+    }
+    text = json.dumps(report, indent=2) + "\n"
+    print(text, end="")
+    if args.out:
+        Path(args.out).write_text(text)
+
+
+def write_photographs(folder, count):
+    """Cuts of 500×375 at random places, alternating → file names."""
+    rng, photographs = np.random.default_rng(0), load_sample_images().images
+    names = [f"{i:04}.jpg" for i in range(count)]
+    for i, name in enumerate(names):
+        photograph = photographs[i % 2]
+        top, left = (rng.integers(s - c + 1) for s, c in zip(photograph.shape, (375, 500)))
+        cut = photograph[top : top + 375, left : left + 500]
+        Image.fromarray(cut).save(folder / name, quality=92)
+    return names
+
+
+def usual_view(sigma_p, solarize_p=0.0):
+    """PIL image → normalised float view, as the paper's augmentation is commonly written down."""
+
+    def blur(image):
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, (CROP_MIN, 1)),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+            transforms.RandomGrayscale(0.2),
+            transforms.RandomApply([blur], sigma_p),
+            transforms.RandomApply([ImageOps.solarize], solarize_p),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def loader_rate(crops, workers, batches):
+    """Images/s of a DataLoader in its stride: the first batch of each worker isn't counted."""
+    warm = 2 * workers
+    keys = [[(e, i % len(crops)) for i in range(BATCH)] for e in range(warm + batches)]
+    loader = data.create_loader(crops, keys, workers, torch.device("cpu"))
+    for n, _ in enumerate(loader):
+        if n == warm - 1:
+            start = time.perf_counter()
+    return batches * BATCH / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
