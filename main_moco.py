@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from moco import checkpoint, cli, data, distributed
-from moco.augment import augment
+from moco.augment import Views, augment
 from moco.builder import MoCo
 from moco.evaluation import KNN
 from moco.log import Log, describe, draw_views, introduce
@@ -40,6 +40,9 @@ def parse_args(argv=None):
     add("--moco-t", type=cli.positive_float, default=1.0, help="temperature")
     add("--stop-grad-conv1", action="store_true", help="keep a ViT's patch projection random")
     add("--crop-min", type=cli.share, default=0.08, help="smallest crop, share of the area")
+    add("--encode-chunk", type=cli.count, default=0, metavar="VIEWS", help="of a process that go "
+        "through the backbone at a time: less memory, the same gradient")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile the backbones")
     add("--init-from", metavar="PATH", help="start from the weights of a checkpoint")
     add("--save-every", type=cli.count, default=0, metavar="EPOCHS", help="keep these checkpoints "
         "beside the last one")  # fmt: skip
@@ -132,7 +135,10 @@ def train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, epoch, args
         set_lr(optimizer, lr)
 
         crops = crops.to(device, non_blocking=device.type == "cuda")  # uint8 [2, N, 3, H, W]
-        x1, x2 = augment(crops.flatten(0, 1), rows.flatten(0, 1)).chunk(2)
+        if args.encode_chunk:
+            x1, x2 = map(Views, crops, rows)
+        else:
+            x1, x2 = augment(crops.flatten(0, 1), rows.flatten(0, 1)).chunk(2)
         with autocast():
             loss, monitors = ddp(x1, x2)
 
@@ -150,7 +156,8 @@ def create_model(args, device, amp):
     torch.manual_seed(args.seed)  # the same weights on every rank
     backbone = create_backbone(args.arch, args.img_size, args.patch_size, args.stop_grad_conv1)
     backbone = distributed.synchronize_batchnorm(backbone, device)
-    return MoCo(backbone, args.moco_dim, args.moco_mlp_dim, args.moco_t).to(device)
+    heads = (args.moco_dim, args.moco_mlp_dim, args.moco_t)
+    return MoCo(backbone, *heads, args.encode_chunk, args.compile).to(device)
 
 
 def first_views(crops, device):

@@ -79,6 +79,22 @@ def augment(images, rows):
     return normalize(x)
 
 
+class Views:
+    """Views that are augmented when taken: `views[a:b]` → float32 [b − a, 3, H, W].
+
+    images: uint8 [N, 3, H, W], rows: [N, COLUMNS], as for `augment`.
+    """
+
+    def __init__(self, images, rows):
+        self.images, self.rows = images, rows
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, part):
+        return augment(self.images[part], self.rows[part])
+
+
 def normalize(x):
     """[..., 3, H, W] in [0, 1] → ImageNet's mean 0 and deviation 1."""
     return (x - _channels(MEAN, x.device)) / _channels(STD, x.device)

@@ -5,7 +5,9 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
+from moco import UserError
 from moco.distributed import ViewBatchNorm, at_least_fp32, gather, rank
 
 
@@ -14,14 +16,22 @@ class MoCo(nn.Module):
 
     `backbone` comes without a classifier; the projector takes the classifier's place (`fc` in a
     ResNet, `head` in a ViT), so that the keys of the state_dict are the published ones.
+    `encode_chunk` > 0: so many views go through a backbone at a time, and what its backward pass
+    needs is computed again there; heads and loss see the whole batch, the gradient is the same.
     """
 
-    def __init__(self, backbone, dim=256, mlp_dim=4096, T=1.0):
+    def __init__(self, backbone, dim=256, mlp_dim=4096, T=1.0, encode_chunk=0, compile=False):
         super().__init__()
-        self.T = T
+        self.T, self.encode_chunk = T, encode_chunk
+        self.features = torch.compile(features) if compile else features
         # BatchNorm must see one view at a time; without it both go through in one batch.
         batchnorm = nn.modules.batchnorm._BatchNorm
         self.one_pass = not any(isinstance(m, batchnorm) for m in backbone.modules())
+        if encode_chunk and not self.one_pass:
+            raise UserError(
+                "--encode-chunk is for backbones without BatchNorm, which would see the chunk "
+                "instead of the batch: drop it, or lower --batch-size"
+            )
 
         d = backbone.num_features
         if hasattr(backbone, "fc"):  # two layers, and no BN after the predictor
@@ -37,7 +47,8 @@ class MoCo(nn.Module):
         """x1, x2: [N, 3, H, W] → loss, {"top1", "spread"}; scalars on the device.
 
         Algorithm 1 up to the loss, the two terms as one batch of views; changes no weight. The loss
-        is this rank's mean over its 2N queries, against the keys of all ranks.
+        is this rank's mean over its 2N queries, against the keys of all ranks. With encode_chunk,
+        x1 and x2 may be anything whose slices are such tensors, as moco.augment.Views.
         """
         h = self.encode(self.base_encoder, x1, x2)  # [2, N, d]
         q1, q2 = self.predictor(projector(self.base_encoder)(h))  # [N, C] each
@@ -51,9 +62,22 @@ class MoCo(nn.Module):
 
     def encode(self, encoder, x1, x2):
         """Backbone features of both views: [N, 3, H, W] twice → [2, N, d]."""
+        if self.encode_chunk:
+            return torch.stack([self.encode_in_chunks(encoder, x) for x in (x1, x2)])
         if self.one_pass:
-            return features(encoder, torch.cat([x1, x2])).view(2, len(x1), -1)
-        return torch.stack([features(encoder, x1), features(encoder, x2)])
+            return self.features(encoder, torch.cat([x1, x2])).view(2, len(x1), -1)
+        return torch.stack([self.features(encoder, x) for x in (x1, x2)])
+
+    def encode_in_chunks(self, encoder, x):
+        """The same for one view → [N, d], keeping no activation: Chen et al., arXiv 1604.06174."""
+
+        def encode(start):
+            return self.features(encoder, x[start : start + self.encode_chunk])
+
+        starts = range(0, len(x), self.encode_chunk)
+        # Nothing in a backbone is random here, so the generators' states need no saving.
+        options = dict(use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([activation_checkpoint(encode, start, **options) for start in starts])
 
     @torch.no_grad()
     def update_momentum_encoder(self, m):

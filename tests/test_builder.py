@@ -1,12 +1,14 @@
 """The algorithm: loss, gradient, momentum update, heads, against formulas in float64."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
-from moco.augment import augment
+from moco import UserError
+from moco.augment import Views, augment
 from moco.builder import MoCo, contrastive_loss, features, spread
 from moco.data import EpochBatches, TwoCrops, load_data
 from moco.distributed import ViewBatchNorm
@@ -20,9 +22,7 @@ def nano(arch="vit_nano", size=16, patch=4, T=0.2, **kwargs):
 
 def digits(n, seed=0, size=16):
     """A batch of augmented views → x1, x2 [n, 3, size, size]."""
-    train = load_data("digits").train
-    keys = next(iter(EpochBatches(len(train), n, seed)))
-    crops, rows = TwoCrops(train, (size, size), 0.35, seed).__getitems__(keys)
+    crops, rows = crops_of_digits(n, seed, size)
     return augment(crops.flatten(0, 1), rows.flatten(0, 1)).chunk(2)
 
 
@@ -45,6 +45,60 @@ def test_loss_and_gradient_match_the_dense_formula(T):
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
     nearest = (nn.functional.normalize(q, dim=1) @ k.T).argmax(1)
     assert top1 == (nearest == torch.arange(12)).double().mean()
+
+
+def crops_of_digits(n, seed=0, size=16):
+    """A batch as a worker makes it: uint8 [2, n, 3, size, size], parameters [2, n, COLUMNS]."""
+    train = load_data("digits").train
+    keys = next(iter(EpochBatches(len(train), n, seed)))
+    return TwoCrops(train, (size, size), 0.35, seed).__getitems__(keys)
+
+
+def gradients(model, *views):
+    """One backward pass → the loss and all gradients in one vector."""
+    loss, _ = model(*views)
+    loss.backward()
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12, 100])
+def test_chunks_give_the_gradient_of_the_whole_batch(chunk):
+    x1, x2 = torch.randn(2, 12, 3, 16, 16, dtype=torch.float64)
+    results = []
+    for encode_chunk in (0, chunk):
+        torch.manual_seed(0)
+        model = MoCo(create_backbone("vit_nano", 16, 4), 32, 64, 0.2, encode_chunk).double()
+        results.append(gradients(model, x1, x2))
+    (loss, grad), (chunked_loss, chunked_grad) = results
+    assert chunked_loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert ((chunked_grad - grad).norm() / grad.norm()).item() < 1e-10
+
+
+def test_chunks_augment_as_the_whole_batch():
+    crops, rows = crops_of_digits(12)
+    whole = augment(crops.flatten(0, 1), rows.flatten(0, 1)).chunk(2)
+    for x, views in zip(whole, map(Views, crops, rows)):
+        assert len(views) == 12
+        torch.testing.assert_close(torch.cat([views[:5], views[5:]]), x, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_conv_nano"])
+def test_chunks_refuse_a_backbone_with_batchnorm(arch):
+    with pytest.raises(UserError, match="--encode-chunk is for backbones without BatchNorm"):
+        MoCo(create_backbone(arch, 32), 8, 8, encode_chunk=4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_agrees_with_eager():
+    x1, x2 = digits(8)
+    results = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = MoCo(create_backbone("vit_nano", 16, 4), 32, 64, 0.2, 4, compile)
+        results.append(gradients(model, x1, x2))
+    (loss, grad), (compiled_loss, compiled_grad) = results
+    assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert ((compiled_grad - grad).norm() / grad.norm()).item() < 1e-4
 
 
 @pytest.mark.parametrize("arch, size, patch", [("vit_nano", 16, 4), ("resnet18", 32, None)])
