@@ -4,14 +4,10 @@
 Why the scripts train with the explicit one in bf16 on a CPU, and only there. Medians of one run.
 """
 
-import argparse
-import json
-import platform
 import statistics
-import sys
 import time
-from pathlib import Path
 
+import report
 import torch
 import torch.nn.functional as F
 
@@ -38,13 +34,11 @@ def milliseconds(attention, inputs, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", help="write the JSON there")
     args = parser.parse_args()
+    repeats = 2 if args.quick else args.repeats
 
     rows = []
     for name, shape in SHAPES.items():
@@ -53,8 +47,8 @@ def main():
                 torch.randn(shape, dtype=dtype, device=args.device, requires_grad=True)
                 for _ in range(3)
             ]
-            fused = milliseconds(F.scaled_dot_product_attention, inputs, args.repeats)
-            plain = milliseconds(explicit, inputs, args.repeats)
+            fused = milliseconds(F.scaled_dot_product_attention, inputs, repeats)
+            plain = milliseconds(explicit, inputs, repeats)
             rows.append(
                 {
                     "model": name,
@@ -64,17 +58,7 @@ def main():
                     "fused/explicit": round(fused / plain, 2),
                 }
             )
-            print(json.dumps(rows[-1]), flush=True)
-    if args.out:
-        where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-        report = {
-            "command": " ".join(["python benchmarks/attention.py", *sys.argv[1:]]),
-            "hardware": f"{where}, {torch.get_num_threads()} CPU threads",
-            "torch": str(torch.__version__),
-            "rows": rows,
-        }
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+    report.finish(args, torch.device(args.device), rows=rows)
 
 
 if __name__ == "__main__":

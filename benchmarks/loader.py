@@ -9,40 +9,31 @@ alone, the limit. Then (b) through the DataLoader that main_moco.py uses. Median
 take turns.
 """
 
-import argparse
-import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import report  # first of ours: it makes the repository importable
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from moco import data
 from moco.augment import MEAN, STD
-from moco.log import describe
 
 SIZE, CROP_MIN, BATCH = 224, 0.08, 32
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.parser(__doc__)
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("-j", "--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--quick", action="store_true", help="few images, few rounds")
-    parser.add_argument("--out", metavar="JSON")
     args = parser.parse_args()
     count, rounds = (16, 2) if args.quick else (args.images, args.rounds)
     torch.set_num_threads(1)
@@ -77,28 +68,20 @@ def main():
         through = loader_rate(crops, args.workers, 3 if args.quick else 80)
 
     usual, ours, decoding = (statistics.median(values) for values in rates.values())
-    about = describe(args, torch.device("cpu"), None)
-    report = {
-        "command": " ".join(["python benchmarks/loader.py", *sys.argv[1:]]),
-        "images_per_s_per_core": {
+    report.finish(
+        args, torch.device("cpu"), cores=os.cpu_count(),
+        images_per_s_per_core={
             "a: usual recipe": round(usual),
             "b: ours": round(ours),
             "c: decoding alone": round(decoding),
         },
-        "b/a": round(ours / usual, 2),
-        "b/c": round(ours / decoding, 2),
-        "loader": {
+        loader={
             "workers": args.workers,
             "images_per_s": round(through),
             "share of workers · b": round(through / (args.workers * ours), 2),
         },
-        "cores": os.cpu_count(),
-        "versions": about["versions"],
-    }
-    text = json.dumps(report, indent=2) + "\n"
-    print(text, end="")
-    if args.out:
-        Path(args.out).write_text(text)
+        **{"b/a": round(ours / usual, 2), "b/c": round(ours / decoding, 2)},
+    )  # fmt: skip
 
 
 def write_photographs(folder, count):

@@ -5,37 +5,27 @@
 The backbone's forward pass, the classifiers' step, augmentation included; images lie in memory.
 """
 
-import argparse
-import json
 import statistics
-import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
+import report  # first: it makes the repository importable
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import main_lincls
 from moco import distributed
-from moco.log import describe
 from vits import create_backbone
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.parser(__doc__)
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--amp", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--quick", action="store_true", help="a few steps of a small batch")
-    parser.add_argument("--out", metavar="JSON")
     args = parser.parse_args()
     batch, steps = (8, 3) if args.quick else (args.batch_size, args.steps)
 
@@ -61,22 +51,12 @@ def main():
             if step >= 2:
                 seconds[count].append(time.perf_counter() - start)
     one, ten = (statistics.median(seconds[count]) for count in (1, 10))
-    about = describe(args, device, amp)
-    del about["args"], about["world"]
-    report = {
-        "command": " ".join(["python benchmarks/probe.py", *sys.argv[1:]]),
-        "arch": args.arch,
-        "batch_size": batch,
-        "images_per_s": {"1 rate": round(batch / one, 1), "10 rates": round(batch / ten, 1)},
-        "ten/one": round(ten / one, 3),
-        **about,
-    }
-    if device.type == "cuda":
-        report["device"] = torch.cuda.get_device_name()
-    text = json.dumps(report, indent=2) + "\n"
-    print(text, end="")
-    if args.out:
-        Path(args.out).write_text(text)
+    report.finish(
+        args, device, arch=args.arch, batch_size=batch,
+        precision=str(amp or torch.float32).removeprefix("torch."),
+        images_per_s={"1 rate": round(batch / one, 1), "10 rates": round(batch / ten, 1)},
+        **{"ten/one": round(ten / one, 3)},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

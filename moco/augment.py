@@ -92,7 +92,8 @@ class Views:
         return len(self.images)
 
     def __getitem__(self, part):
-        return augment(self.images[part], self.rows[part])
+        with torch.autocast(self.images.device.type, enabled=False):  # taken inside the model
+            return augment(self.images[part], self.rows[part])
 
 
 def normalize(x):

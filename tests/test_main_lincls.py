@@ -209,9 +209,3 @@ def test_bad_input_gets_one_line(script, tmp_path, image_file, pretrained, files
     assert (code, err.count("\n")) == (2, 1), out + err
     assert err.startswith(f"{name}: error: ") and words in err
     assert not run.exists()
-
-
-def test_the_benchmark_runs():
-    done = launch(1, "benchmarks/probe.py", "--quick", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert '"10 rates"' in done.stdout

@@ -71,6 +71,17 @@ def test_other_architectures_and_precisions_train(script, tmp_path, arch, amp):
     assert code == 0, err
 
 
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_chunks_change_nothing(script, tmp_path, amp):
+    for chunk in (0, 100):
+        argv = ("--output-dir", tmp_path / str(chunk), "--amp", amp, "--knn-every", 0)
+        code, _, err = script("main_moco.py", *TINY, *argv, "--encode-chunk", chunk)
+        assert code == 0, err
+    whole, chunked = (logged(tmp_path / str(chunk), "loss") for chunk in (0, 100))
+    assert len(whole) == 10
+    assert chunked[:6] == pytest.approx(whole[:6], rel=1e-5 if amp == "off" else 1e-2)
+
+
 def test_init_from_takes_the_weights_alone(script, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert script("main_moco.py", *TINY, "--output-dir", first)[0] == 0

@@ -1,0 +1,38 @@
+"""What the benchmarks share: their flags, and the JSON that they print and keep."""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from moco.log import describe
+
+
+def parser(doc):
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
+    parser.add_argument("--out", metavar="JSON", help="keep the report there")
+    return parser
+
+
+def finish(args, device, **results):
+    """Prints command, hardware, versions and results; writes them to --out."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    report = {
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "hardware": f"{name}, {torch.get_num_threads()} CPU threads",
+        "versions": describe(args, device, None)["versions"],
+        **results,
+    }
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    print(text, end="")
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(text)
