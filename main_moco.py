@@ -106,6 +106,8 @@ def main(args):
             [found] = knn(model.base_encoder, autocast)
             log.evaluation(0, f"kNN {found:.1f} %", knn=found)
             log.say(f"kNN {found:.1f} % before training, k {knn.k}, bank {len(knn.chosen):,}")
+        if first_epoch == args.epochs:
+            log.say("nothing left to do: every epoch is trained")
         for epoch in range(first_epoch, args.epochs):
             train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, epoch, args, log)
             done, step = epoch + 1, (epoch + 1) * len(batches)
