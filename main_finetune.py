@@ -7,8 +7,8 @@ One process (GPU or CPU), after `python main_moco.py @recipes/digits.txt`:
         /data/imagenet --pretrained runs/vit_base_300/checkpoint.pth
 Transfer; then the accuracy of what it left:
     torchrun --nproc_per_node=8 main_finetune.py @recipes/finetune_vit_base_cifar10.txt \\
-        --pretrained runs/vit_base_300/checkpoint.pth
-    python main_finetune.py cifar10 --pretrained runs/vit_base_300_finetune/best.pth --evaluate
+        --pretrained runs/vit_base_300/checkpoint.pth --output-dir runs/vit_base_300_cifar10
+    python main_finetune.py cifar10 --pretrained runs/vit_base_300_cifar10/best.pth --evaluate
 """
 
 import random
@@ -66,6 +66,10 @@ def parse_args(argv=None):
         parser.error(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     if args.evaluate_ema and not (args.ema or args.evaluate):
         parser.error("--evaluate-ema needs --ema DECAY")
+    if args.ema == 0:
+        parser.error("--ema 0 would average nothing: drop it")
+    if not (args.epochs or args.evaluate):
+        parser.error("--epochs 0 leaves nothing to do: add --evaluate")
     return args
 
 
@@ -260,7 +264,7 @@ class Augmented:
         return images, self.source.labels[[index for _, index in keys]]
 
     def _view(self, epoch, index):
-        with seeded(self.seed, epoch, index):
+        with seeded(self.seed, epoch, index, cpu_alone=True):
             return self.transform(tv.to_pil_image(self.source.read(index)))
 
     def __len__(self):
@@ -268,13 +272,16 @@ class Augmented:
 
 
 @contextmanager
-def seeded(*key):
-    """The global generators, which timm draws from, begin at `key`, and go on as before after."""
+def seeded(*key, cpu_alone=False):
+    """The global generators, which timm draws from, begin at `key`, and go on as before after.
+
+    `cpu_alone` leaves a GPU's generator alone, which drop path draws from.
+    """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    (torch.default_generator if cpu_alone else torch).manual_seed(seed)
     try:
         yield
     finally:

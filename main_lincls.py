@@ -170,7 +170,7 @@ def train_one_epoch(ddp, backbone, loader, optimizer, autocast, epoch, args, log
     loader.batch_sampler.epoch = epoch
     for step, (crops, labels) in enumerate(log.timed(loader), epoch * len(loader)):
         losses = train_step(ddp, backbone, optimizer, autocast, crops, labels, device)
-        log.step(step + 1, settings, loss=losses.nan_to_num(nan=torch.inf).min())
+        log.step(step + 1, settings, loss=losses.nan_to_num(nan=torch.inf, posinf=torch.inf).min())
 
 
 def train_step(classifiers, backbone, optimizer, autocast, crops, labels, device):

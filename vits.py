@@ -168,8 +168,8 @@ def create_backbone(arch, img_size=224, patch_size=None, stop_grad_conv1=False, 
 def check_precision(arch, img_size, device, amp):
     """UserError where torch's gradients are wrong: ResNets of tiny images, on a CPU, in bf16.
 
-    Taps of a 3×3 kernel that lie on padding alone (the last stage is 1 pixel wide) get
-    uninitialised memory as their gradient, in torch 2.6 as in 2.15.
+    Taps of a 3×3 kernel with stride 2 that lie on padding alone (the last stage's first input is
+    1 pixel wide) get uninitialised memory as their gradient, in torch 2.6 as in 2.15.
     """
     if amp and device.type == "cpu" and arch in RESNETS and min(pair(img_size)) <= 16:
         raise UserError(

@@ -27,17 +27,19 @@ def save(folder, state, keep_as=None, name=LAST):
     """
     last = Path(folder, name)
     temporary = last.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)  # a crash may have left it linked to a file that is kept
     with open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
     if keep_as:
-        kept = Path(folder, keep_as)
-        kept.unlink(missing_ok=True)
+        second = last.with_suffix(".tmp2")
+        second.unlink(missing_ok=True)
         try:
-            os.link(temporary, kept)  # no second copy on disk
+            os.link(temporary, second)  # no second copy on disk
         except OSError:
-            shutil.copyfile(temporary, kept)
+            shutil.copyfile(temporary, second)
+        os.replace(second, Path(folder, keep_as))
     os.replace(temporary, last)
 
 
@@ -122,8 +124,8 @@ def load_model(model, checkpoint, path):
     if hasattr(model, "momentum_encoder"):
         _refuse_without(state, "momentum_encoder", path)
     for key in state.keys() & expected.keys():
-        # The position table is fixed, and another image size has its own.
-        if key.endswith(".pos_embed") and state[key].shape != expected[key].shape:
+        # The position table is fixed, and another image size has its own, of equal length or not.
+        if key.endswith(".pos_embed") and hasattr(model, "momentum_encoder"):
             state[key] = expected[key]
     _fit(model, state, checkpoint, path)
 
@@ -173,10 +175,12 @@ def create_downstream(args, classes=None, weights="state_dict", **kwargs):
         setattr(model, name, nn.Linear(model.num_features, classes))
 
     table = state.get("pos_embed")
-    if table is not None and table.shape != model.state_dict()["pos_embed"].shape:
-        patch, old = model.patch_embed.patch_size, checkpoint.get("img_size")
-        old = old and tuple(side // p for side, p in zip(old, patch))  # None: timm takes a square
-        state["pos_embed"] = resample_abs_pos_embed(table, model.patch_embed.grid_size, old)
+    if table is not None:
+        patch, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
+        old = checkpoint.get("img_size")  # None: timm takes a square
+        old = old and tuple(side // p for side, p in zip(old, patch))
+        if old not in (None, grid) or table.shape != model.state_dict()["pos_embed"].shape:
+            state["pos_embed"] = resample_abs_pos_embed(table, grid, old)
     _fit(model, state, checkpoint, path)
     return model, setting
 

@@ -125,12 +125,12 @@ def load_data(where, data_root="data"):
     if where in NAMES:
         if where == "digits":
             return _digits()
-        # One process of a host downloads; the others find the files in place.
-        first = distributed.local_rank() == 0
-        if not first:
-            distributed.barrier()
-        data = _torchvision(where, data_root, download=first)
-        if first:
+        # One process downloads, then one of each host that doesn't see its files, then the rest
+        # find them in place.
+        turn = 0 if distributed.rank() == 0 else 1 if distributed.local_rank() == 0 else 2
+        for now in range(3):
+            if now == turn:
+                data = _torchvision(where, data_root, download=turn < 2)
             distributed.barrier()
         return data
 
@@ -274,7 +274,9 @@ class EpochBatches(Sampler):
         if images < batch_size:
             raise UserError(f"{images} images don't fill one --batch-size {batch_size}: lower it")
         self.images, self.batch_size, self.seed, self.epoch = images, batch_size, seed, 0
-        self.left_out, self.repeats = images % batch_size, repeats
+        self.repeats = repeats
+        shown = len(self) * batch_size
+        self.left_out = images - -(-shown // repeats)  # rounded up
 
     def __len__(self):
         return self.images // self.batch_size
@@ -404,7 +406,8 @@ class CentreCrop:
         if image.shape[1:] == self.size:
             return image
         scale = max(s * 256 / 224 / side for s, side in zip(self.size, image.shape[1:]))
-        resized = [round(side * scale) for side in image.shape[1:]]
+        # Down, as torchvision's Resize has it; 1e-6 for 255.999….
+        resized = [max(s, int(side * scale + 1e-6)) for s, side in zip(self.size, image.shape[1:])]
         return tv.center_crop(
             tv.resize(image, resized, self.interpolation, antialias=True), self.size
         )
@@ -423,6 +426,8 @@ def create_loader(dataset, batches, workers, device, persistent=False):
         pin_memory=device.type == "cuda",
         persistent_workers=persistent and workers > 0,
         prefetch_factor=PREFETCH if workers else None,
+        # Its own: the seed of the workers would be drawn from the generator that drop path uses.
+        generator=torch.Generator(),
     )
 
 

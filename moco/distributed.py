@@ -4,6 +4,7 @@ import inspect
 import os
 import re
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -82,6 +83,8 @@ def parallel(model, device):
         return model
     # The first is the new name; the old one warns where both are known.
     known = inspect.signature(DistributedDataParallel).parameters
+    # gloo's layout of a 1×1 convolution's gradient: a copy, no error.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         model,

@@ -17,10 +17,11 @@ if (($# == 0)); then
     exit 2
 fi
 
+# srun doesn't take the cores over from sbatch (Slurm 22.05).
 # torchrun, once on each node, starts a process for each GPU; the first node is where they meet.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 echo "${SLURM_JOB_NUM_NODES} node(s): ${hosts[*]}"
-srun torchrun \
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" \
     --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_id="$SLURM_JOB_ID" \

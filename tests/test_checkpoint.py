@@ -1,9 +1,11 @@
 """Files on disk: layout, atomicity, refusal of what doesn't fit."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.layers import resample_abs_pos_embed
 
 from moco import UserError, checkpoint
 from moco.builder import MoCo
@@ -32,6 +34,23 @@ def test_weights_survive_the_round_trip(tmp_path):
     checkpoint.load_model(other, content, path)
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
+
+
+def test_a_position_table_of_another_grid_is_resampled(tmp_path):
+    wide = MoCo(create_backbone("vit_nano", (16, 64), 4), dim=32, mlp_dim=64)
+    path = saved(tmp_path, wide, img_size=(16, 64))
+    args = SimpleNamespace(pretrained=path, arch=None, img_size=(32, 32), patch_size=None,
+                           from_scratch=False)  # fmt: skip
+    square, _ = checkpoint.create_downstream(args)
+    table = wide.base_encoder.pos_embed
+    assert square.pos_embed.shape == table.shape  # 4×16 cells and 8×8
+    expected = resample_abs_pos_embed(table, (8, 8), (4, 16))
+    torch.testing.assert_close(square.pos_embed, expected, rtol=0, atol=0)
+
+    other = MoCo(create_backbone("vit_nano", (32, 32), 4), dim=32, mlp_dim=64)
+    own = other.base_encoder.pos_embed.clone()
+    checkpoint.load_model(other, checkpoint.load(path), path)
+    assert torch.equal(other.base_encoder.pos_embed, own)
 
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):

@@ -340,6 +340,7 @@ def test_labelled_crops_are_random_crops_half_of_them_flipped():
 
 def test_repeated_augmentation_shows_fewer_images_with_other_numbers():
     batches = EpochBatches(100, 30, seed=0, repeats=3)
+    assert batches.left_out == 70
     keys = [key for batch in batches for key in batch]
     images = {index for _, index in keys}
     assert len(keys) == 90 and len(images) == 30 and len(set(keys)) == 90

@@ -53,7 +53,7 @@ def test_it_leaves_last_and_best(script, tmp_path, pretrained):
 @pytest.mark.parametrize("lr_per", ["iteration", "epoch"])
 def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, pretrained, lr_per):
     argv = ["--pretrained", pretrained, "--drop-path", 0.2, "--lr-per", lr_per, "--evaluate-ema"]
-    tune(script, tmp_path / "whole", *argv)
+    tune(script, tmp_path / "whole", *argv, "--workers", int(lr_per == "epoch"))
     broken = tmp_path / "broken"
     with interrupted_after_saving():
         assert script("main_finetune.py", *TINY, "--output-dir", broken, *argv)[0] == 130
@@ -87,6 +87,8 @@ BAD = {
     ),
     "odd batch": ("{pre} -b 63", "need an even number of images"),
     "unknown policy": ("{pre} --aa best", "no policy that timm knows"),
+    "average without memory": ("{pre} --ema 0", "would average nothing"),
+    "nothing to do": ("{pre} --epochs 0 --warmup-epochs 0", "leaves nothing to do"),
     "average of nothing": ("{pre} --evaluate-ema", "needs --ema DECAY"),
     "long warm-up": ("{pre} --epochs 3", "--warmup-epochs 5 is more than --epochs 3"),
     "no average saved": ("{pre} --evaluate --evaluate-ema", "no 'ema'"),

@@ -13,8 +13,16 @@ from conftest import ROOT, TINY
 from moco.log import read_rows
 
 SCRIPT = ROOT / "recipes" / "slurm.sh"
-# srun of two nodes: the command twice, side by side, and the worse exit code.
-SRUN = '"$@" & first=$!\n"$@"\nsecond=$?\nwait $first || exit 1\nexit $second\n'
+# srun of two nodes: what follows its own flag, twice, side by side, and the worse exit code.
+SRUN = """
+[[ $1 == --cpus-per-task=3 ]] || exit 9
+shift
+"$@" & first=$!
+"$@"
+second=$?
+wait $first || exit 1
+exit $second
+"""
 SCONTROL = "echo localhost\necho localhost\n"
 pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
 
@@ -26,7 +34,8 @@ def sbatch(folder, *args):
         path.write_text("#!/usr/bin/env bash\n" + text)
         path.chmod(0o755)
     job = dict(SLURM_JOB_ID=str(random.randrange(10**6)), SLURM_JOB_NUM_NODES="2",
-               SLURM_JOB_NODELIST="node[1-2]", SLURM_GPUS_ON_NODE="1")  # fmt: skip
+               SLURM_JOB_NODELIST="node[1-2]", SLURM_GPUS_ON_NODE="1",
+               SLURM_CPUS_PER_TASK="3")  # fmt: skip
     path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, **job, "PATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
