@@ -64,7 +64,7 @@ class MoCo(nn.Module):
         """Backbone features of both views: [N, 3, H, W] twice → [2, N, d]."""
         if self.encode_chunk:
             return torch.stack([self.encode_in_chunks(encoder, x) for x in (x1, x2)])
-        # On a CPU a large batch pays for its buffers more than it gains (benchmarks/step.py).
+        # On a CPU a large batch pays for its buffers more than it gains.
         if self.one_pass and not (x1.is_cpu and x1.numel() > 2**20):
             return self.features(encoder, torch.cat([x1, x2])).view(2, len(x1), -1)
         return torch.stack([self.features(encoder, x) for x in (x1, x2)])

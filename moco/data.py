@@ -323,7 +323,7 @@ class TwoCrops:
 
     def _memory(self, *shape):
         """uint8 of that shape. In a worker it is shared and used in turns: fresh pages for every
-        batch, and a copy into them, would take a quarter of the time."""
+        batch, and a copy into them, would cost time."""
         if get_worker_info() is None:
             return torch.empty(shape, dtype=torch.uint8)
         # PREFETCH batches wait for the main process, which holds one and may be handed the next.
