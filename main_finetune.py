@@ -12,9 +12,8 @@ Transfer; then the accuracy of what it left:
 """
 
 import random
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
 from moco import UserError, checkpoint, cli, data, distributed, evaluation
+from moco.keeper import Keeper, resumed
 from moco.log import Log, describe, introduce
 from moco.optimizer import descend
 from vits import check_precision
@@ -74,7 +74,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    device, amp = distributed.set_up(args.device, args.amp)
+    device, amp = distributed.set_up(args.device, args.amp, args.timeout)
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
     dataset = data.labelled(data.load_data(args.data, args.data_root), args.data)
     if args.evaluate:
@@ -82,7 +82,9 @@ def main(args):
         model, setting = checkpoint.create_downstream(args, dataset.classes, weights)
         model.to(device)
         found = measure(model, dataset, setting["img_size"], args.workers, autocast)
-        cli.say(f"{evaluation.in_words(*found, dataset.classes)} on {len(dataset.val):,} images")
+        distributed.say(
+            f"{evaluation.in_words(*found, dataset.classes)} on {len(dataset.val):,} images"
+        )
     else:
         finetune(args, dataset, device, amp, autocast)
 
@@ -103,12 +105,22 @@ def finetune(args, dataset, device, amp, autocast):
     schedule = create_schedule(args, optimizer, len(batches))
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     ema = ModelEmaV3(model, decay=args.ema) if args.ema else None
-    parts = dict(optimizer=optimizer, scaler=scaler) | ({"ema": ema} if ema else {})
-    first_epoch, best = 0, (0.0, 0)  # top-1, its epoch
+    log = Log(folder, args, len(batches))
+    parts = dict(optimizer=optimizer, scaler=scaler, batches=batches, log=log)
+    parts |= {"ema": ema} if ema else {}
+    results = dict(found=(0.0, 0.0), best=(0.0, 0))  # the last (top-1, top-5); best, its epoch
+    epoch = iteration = 0  # that are done
     if previous:
-        state = checkpoint.resume(previous, args, len(batches), model, **parts)
-        first_epoch, best = state["epoch"], state["best"]
-    distributed.check_agreement(device, images=len(training_set), epoch=first_epoch)
+        state = checkpoint.resume(previous, args, model, results, **parts)
+        epoch, iteration = state["epoch"], state["iteration"]
+        results = {name: state[name] for name in results}
+        same = state["world"] == distributed.world() or args.allow_changed_args
+        if not same and (mixup or args.drop_path):
+            raise UserError(
+                f"--mixup, --cutmix and --drop-path draw in each process, and the run had "
+                f"{state['world']}: take as many, or --allow-changed-args"
+            )
+    distributed.check_agreement(device, images=len(training_set), steps=iteration)
     ddp = distributed.parallel(model, device)
 
     about = describe(args, device, amp, **setting)
@@ -120,46 +132,49 @@ def finetune(args, dataset, device, amp, autocast):
         batch=batches,
         rate=f"{args.lr:g} · {args.batch_size}/256 = {args.lr * args.batch_size / 256:g}, adamw",
     )
-    with closing(Log(folder, args, len(batches), first_epoch)) as log:
-        for epoch in range(first_epoch, args.epochs):
-            # What the process draws, drop path and mixup, begins anew with each epoch: a resumed
-            # run continues exactly.
-            with seeded(args.seed, epoch, distributed.rank()):
-                train_one_epoch(
-                    ddp, model, ema, loader, mixup, optimizer, schedule, scaler, autocast, epoch,
-                    args, log,
-                )  # fmt: skip
-            done, step = epoch + 1, (epoch + 1) * len(batches)
-            log.check_weights(step, model)
+
+    def get_state():
+        log.check_weights(model)
+        extra = about | results | dict(best_acc1=results["best"][0])
+        return checkpoint.training_state(extra, keeper.epoch, keeper.iteration, model, **parts)
+
+    with log, Keeper(folder, args.save_minutes, get_state, epoch, iteration) as keeper:
+        if previous:
+            log.say(resumed(iteration, args.epochs * len(batches)))
+        for done in range(epoch + 1, args.epochs + 1):
+            train_one_epoch(
+                ddp, model, ema, loader, mixup, optimizer, schedule, scaler, autocast, args, log,
+                keeper,
+            )  # fmt: skip
             measured = ema.module if args.evaluate_ema else model
-            top1, top5 = measure(measured, dataset, size, args.workers, autocast)
-            better = top1 > best[0]
-            best = max(best, (top1, done), key=itemgetter(0))
-            log.evaluation(step, f"top-1 {top1:.2f} %", acc1=top1, acc5=top5)
-            if distributed.rank() == 0:
-                extra = about | dict(best=best, best_acc1=best[0])
-                state = checkpoint.training_state(extra, done, step, model, **parts)
-                checkpoint.save(folder, state, keep_as="best.pth" if better else None)
+            found = top1, top5 = measure(measured, dataset, size, args.workers, autocast)
+            log.evaluation(f"top-1 {top1:.2f} %", acc1=top1, acc5=top5)
+            best = evaluation.better(results["best"], (top1, done))
+            is_best = best != results["best"]
+            results = dict(found=found, best=best)
+            keeper.end_epoch(keep_as="best.pth" if is_best else None)
             log.epoch(done)
-        if args.epochs > first_epoch:
-            log.say(
-                f"tuned   {evaluation.in_words(top1, top5, dataset.classes)} after {args.epochs} "
-                f"epochs; best {best[0]:.2f} % in epoch {best[1]}"
-            )
+        best, its_epoch = results["best"]
+        log.say(
+            f"tuned   {evaluation.in_words(*results['found'], dataset.classes)} after "
+            f"{args.epochs} epochs; best {best:.2f} % in epoch {its_epoch}"
+        )
 
 
 def train_one_epoch(
-    ddp, model, ema, loader, mixup, optimizer, schedule, scaler, autocast, epoch, args, log
+    ddp, model, ema, loader, mixup, optimizer, schedule, scaler, autocast, args, log, keeper
 ):
-    """One pass over the data; `ddp` is `model`, or the model wrapped for several processes."""
+    """What is left of an epoch; `ddp` is `model`, or the model wrapped for several processes."""
     ddp.train()
     device = next(model.parameters()).device
-    loader.batch_sampler.epoch = epoch
-    for step, (images, labels) in enumerate(log.timed(loader), epoch * len(loader)):
+    loader.batch_sampler.start(keeper.epoch, keeper.iteration)
+    for step, (images, labels) in enumerate(log.timed(loader), keeper.iteration):
+        # What the process draws, drop path and mixup, begins anew: a resumed run continues exactly.
+        seed_all(args.seed, step, distributed.rank())
         if args.lr_per == "iteration":
             schedule.step_update(step)
-        elif step == epoch * len(loader):
-            schedule.step(epoch)
+        else:
+            schedule.step(keeper.epoch)
 
         images = images.to(device, non_blocking=device.type == "cuda")  # [N, 3, H, W]
         labels = labels.to(device, non_blocking=device.type == "cuda")  # [N]
@@ -173,6 +188,7 @@ def train_one_epoch(
         if ema:
             ema.update(model)
         log.step(step + 1, dict(lr=optimizer.param_groups[-1]["lr"]), loss=loss)
+        keeper.step(step + 1)
 
 
 def create_model(args, classes, device, amp):
@@ -264,7 +280,7 @@ class Augmented:
         return images, self.source.labels[[index for _, index in keys]]
 
     def _view(self, epoch, index):
-        with seeded(self.seed, epoch, index, cpu_alone=True):
+        with seeded(self.seed, epoch, index):
             return self.transform(tv.to_pil_image(self.source.read(index)))
 
     def __len__(self):
@@ -272,22 +288,24 @@ class Augmented:
 
 
 @contextmanager
-def seeded(*key, cpu_alone=False):
-    """The global generators, which timm draws from, begin at `key`, and go on as before after.
-
-    `cpu_alone` leaves a GPU's generator alone, which drop path draws from.
-    """
+def seeded(*key):
+    """The CPU's generators, which timm draws from, begin at `key`, and go on as before after."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    (torch.default_generator if cpu_alone else torch).manual_seed(seed)
+    seed_all(*key, cpu_alone=True)
     try:
         yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+def seed_all(*key, cpu_alone=False):
+    """Every global generator begins at `key`; cpu_alone: but a GPU's, for drop path draws there."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    (torch.default_generator if cpu_alone else torch).manual_seed(seed)
 
 
 def measure(model, dataset, size, workers, autocast):

@@ -11,9 +11,7 @@ Five rates for the price of one, kNN before; then the accuracy of a saved classi
 """
 
 import copy
-from contextlib import closing
 from functools import partial
-from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +21,8 @@ from moco import checkpoint, cli, data, distributed
 from moco.augment import normalize
 from moco.builder import features
 from moco.distributed import ViewBatchNorm, at_least_fp32
-from moco.evaluation import KNN, accuracy, in_words
+from moco.evaluation import KNN, accuracy, better, in_words
+from moco.keeper import Keeper, resumed
 from moco.log import Log, describe, introduce
 from moco.optimizer import descend, warmup_cosine
 
@@ -76,7 +75,7 @@ class Classifiers(nn.Module):
 
 
 def main(args):
-    device, amp = distributed.set_up(args.device, args.amp)
+    device, amp = distributed.set_up(args.device, args.amp, args.timeout)
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
     dataset = data.labelled(data.load_data(args.data, args.data_root), args.data)
     torch.manual_seed(args.seed)
@@ -89,11 +88,11 @@ def main(args):
         knn = KNN(dataset, size, args.knn_bank, args.workers, device)
         ks = [k for k in (10, 20, 100, 200) if k <= len(knn.chosen)] or [knn.k]
         for k, found in zip(ks, knn(backbone, autocast, ks)):
-            cli.say(f"kNN     {found:.2f} % with k {k}, bank {len(knn.chosen):,}")
+            distributed.say(f"kNN     {found:.2f} % with k {k}, bank {len(knn.chosen):,}")
     if args.evaluate:
         classifiers = Classifiers([getattr(backbone, checkpoint.classifier_name(backbone))])
         [found] = measure(backbone, classifiers, dataset, size, args.workers, autocast)
-        cli.say(f"{in_words(*found, dataset.classes)} on {len(dataset.val):,} images")
+        distributed.say(f"{in_words(*found, dataset.classes)} on {len(dataset.val):,} images")
         return
     if args.epochs:
         probe(args, dataset, backbone, setting, device, amp, autocast)
@@ -110,11 +109,16 @@ def probe(args, dataset, backbone, setting, device, amp, autocast):
 
     classifiers = create_classifiers(args, backbone.num_features, dataset.classes).to(device)
     optimizer = create_optimizer(classifiers)
-    first_epoch, best = 0, [(0.0, 0)] * len(args.lr)  # of each rate: top-1, its epoch
+    log = Log(folder, args, len(batches))
+    parts = dict(optimizer=optimizer, batches=batches, log=log)
+    # Of each rate: the last (top-1, top-5), the best top-1 and its epoch.
+    results = dict(found=[(0.0, 0.0)] * len(args.lr), best=[(0.0, 0)] * len(args.lr))
+    epoch = iteration = 0  # that are done
     if previous:
-        state = checkpoint.resume(previous, args, len(batches), classifiers, optimizer=optimizer)
-        first_epoch, best = state["epoch"], state["best"]
-    distributed.check_agreement(device, images=len(training_set), epoch=first_epoch)
+        state = checkpoint.resume(previous, args, classifiers, results, **parts)
+        epoch, iteration = state["epoch"], state["iteration"]
+        results = {name: state[name] for name in results}
+    distributed.check_agreement(device, images=len(training_set), steps=iteration)
     ddp = distributed.parallel(classifiers, device)
 
     about = describe(args, device, amp, **setting)
@@ -126,51 +130,52 @@ def probe(args, dataset, backbone, setting, device, amp, autocast):
         batch=batches,
         rate=", ".join(f"{lr:g}" for lr in args.lr) + f" · {args.batch_size}/256",
     )
-    found = []
-    with closing(Log(folder, args, len(batches), first_epoch)) as log:
-        for epoch in range(first_epoch, args.epochs):
-            train_one_epoch(ddp, backbone, loader, optimizer, autocast, epoch, args, log)
-            done, step = epoch + 1, (epoch + 1) * len(batches)
-            if len(args.lr) == 1:  # of several, one may fail
-                log.check_weights(step, classifiers)
+
+    def get_state():
+        if len(args.lr) == 1:  # of several, one may fail
+            log.check_weights(classifiers)
+        extra = about | results
+        return checkpoint.training_state(
+            extra, keeper.epoch, keeper.iteration, classifiers, **parts
+        )
+
+    with log, Keeper(folder, args.save_minutes, get_state, epoch, iteration) as keeper:
+        if previous:
+            log.say(resumed(iteration, args.epochs * len(batches)))
+        for done in range(epoch + 1, args.epochs + 1):
+            train_one_epoch(ddp, backbone, loader, optimizer, autocast, args, log, keeper)
             found = measure(backbone, classifiers, dataset, size, args.workers, autocast)
-            best = [
-                max(old, (top1, done), key=itemgetter(0)) for old, (top1, _) in zip(best, found)
-            ]
             values = {}
             for lr, (top1, top5) in zip(args.lr, found):
                 name = f" lr {lr:g}" if len(args.lr) > 1 else ""
                 values |= {f"acc1{name}": top1, f"acc5{name}": top5}
-            log.evaluation(step, f"top-1 {max(found)[0]:.2f} %", **values)
-            if distributed.rank() == 0:
-                extra = about | dict(best=best, found=found)
-                state = checkpoint.training_state(
-                    extra, done, step, classifiers, optimizer=optimizer
-                )
-                checkpoint.save(folder, state)
+            log.evaluation(f"top-1 {max(found)[0]:.2f} %", **values)
+            best = [better(old, (top1, done)) for old, (top1, _) in zip(results["best"], found)]
+            results = dict(found=found, best=best)
+            keeper.end_epoch()
             log.epoch(done)
+
     if distributed.rank() == 0:
-        found = found or state["found"]  # a run that was resumed after its end
-        report(args, dataset, classifiers, found, best)
-        step = args.epochs * len(batches)
-        for lr, classifier, (top1, _) in zip(args.lr, classifiers.folded(), best):
+        report(args, dataset, classifiers, **results)
+        for lr, classifier, (top1, _) in zip(args.lr, classifiers.folded(), results["best"]):
             setattr(backbone, checkpoint.classifier_name(backbone), classifier)
             extra = about | dict(best_acc1=top1)
-            state = checkpoint.training_state(extra, args.epochs, step, backbone)
+            state = checkpoint.training_state(extra, keeper.epoch, keeper.iteration, backbone)
             checkpoint.save(folder, state, name=f"linear_lr{lr:g}.pth")
 
 
-def train_one_epoch(ddp, backbone, loader, optimizer, autocast, epoch, args, log):
-    """One pass over the data: one forward of the backbone for all classifiers."""
+def train_one_epoch(ddp, backbone, loader, optimizer, autocast, args, log, keeper):
+    """What is left of an epoch: one forward of the backbone for all classifiers."""
     ddp.train()
     device = next(backbone.parameters()).device
-    for group, rate in zip(optimizer.param_groups, rates(args, epoch)):
+    for group, rate in zip(optimizer.param_groups, rates(args, keeper.epoch)):
         group["lr"] = rate
-    settings = {f"lr {lr:g}": rate for lr, rate in zip(args.lr, rates(args, epoch))}
-    loader.batch_sampler.epoch = epoch
-    for step, (crops, labels) in enumerate(log.timed(loader), epoch * len(loader)):
+    settings = {f"lr {lr:g}": rate for lr, rate in zip(args.lr, rates(args, keeper.epoch))}
+    loader.batch_sampler.start(keeper.epoch, keeper.iteration)
+    for step, (crops, labels) in enumerate(log.timed(loader), keeper.iteration):
         losses = train_step(ddp, backbone, optimizer, autocast, crops, labels, device)
         log.step(step + 1, settings, loss=losses.nan_to_num(nan=torch.inf, posinf=torch.inf).min())
+        keeper.step(step + 1)
 
 
 def train_step(classifiers, backbone, optimizer, autocast, crops, labels, device):

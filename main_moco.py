@@ -10,7 +10,6 @@ Two nodes, the same line on both (HOST is the first of them):
 """
 
 import math
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from moco import checkpoint, cli, data, distributed
 from moco.augment import Views, augment
 from moco.builder import MoCo
 from moco.evaluation import KNN
+from moco.keeper import Keeper, resumed
 from moco.log import Log, describe, draw_views, introduce
 from moco.optimizer import cosine_momentum, create_optimizer, descend, set_lr, warmup_cosine
 from vits import check_precision, create_backbone
@@ -58,7 +58,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    device, amp = distributed.set_up(args.device, args.amp)
+    device, amp = distributed.set_up(args.device, args.amp, args.timeout)
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
     folder = Path(args.output_dir or f"runs/{args.arch}")
     previous = checkpoint.find_previous(args, folder)
@@ -74,15 +74,16 @@ def main(args):
     model = create_model(args, device, amp)
     optimizer = create_optimizer(args.optimizer, model, args.lr, args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    first_epoch = 0
+    chance = 4 * args.moco_t * math.log(args.batch_size)  # 4τ·ln N
+    log = Log(folder, args, len(batches), chance)
+    parts = dict(optimizer=optimizer, scaler=scaler, batches=batches, log=log)
+    epoch = iteration = 0  # that are done
     if previous:
-        state = checkpoint.resume(
-            previous, args, len(batches), model, optimizer=optimizer, scaler=scaler
-        )
-        first_epoch = state["epoch"]
+        state = checkpoint.resume(previous, args, model, **parts)
+        epoch, iteration = state["epoch"], state["iteration"]
     elif args.init_from:
         checkpoint.load_model(model, checkpoint.load(args.init_from), args.init_from)
-    distributed.check_agreement(device, images=len(dataset.train), epoch=first_epoch)
+    distributed.check_agreement(device, images=len(dataset.train), steps=iteration)
     ddp = distributed.parallel(model, device)
 
     about = describe(
@@ -100,37 +101,37 @@ def main(args):
     if distributed.rank() == 0:
         draw_views(folder, *first_views(crops, device))
 
-    chance = 4 * args.moco_t * math.log(args.batch_size)  # 4τ·ln N
-    with closing(Log(folder, args, len(batches), first_epoch, chance)) as log:
-        if knn and first_epoch == 0:
-            [found] = knn(model.base_encoder, autocast)
-            log.evaluation(0, f"kNN {found:.1f} %", knn=found)
+    def get_state():
+        log.check_weights(model)
+        return checkpoint.training_state(about, keeper.epoch, keeper.iteration, model, **parts)
+
+    def evaluate():
+        [found] = knn(model.base_encoder, autocast)
+        log.evaluation(f"kNN {found:.1f} %", knn=found)
+        return found
+
+    with log, Keeper(folder, args.save_minutes, get_state, epoch, iteration) as keeper:
+        if previous:
+            log.say(resumed(iteration, args.epochs * len(batches)))
+        if knn and not iteration:
+            found = evaluate()
             log.say(f"kNN {found:.1f} % before training, k {knn.k}, bank {len(knn.chosen):,}")
-        if first_epoch == args.epochs:
-            log.say("nothing left to do: every epoch is trained")
-        for epoch in range(first_epoch, args.epochs):
-            train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, epoch, args, log)
-            done, step = epoch + 1, (epoch + 1) * len(batches)
-            log.check_weights(step, model)
+        for done in range(epoch + 1, args.epochs + 1):
+            train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, args, log, keeper)
             new_knn = knn and (done % args.knn_every == 0 or done == args.epochs)
             if new_knn:
-                [found] = knn(model.base_encoder, autocast)
-                log.evaluation(step, f"kNN {found:.1f} %", knn=found)
-            if distributed.rank() == 0:
-                keep = args.save_every and done % args.save_every == 0
-                state = checkpoint.training_state(
-                    about, done, step, model, optimizer=optimizer, scaler=scaler
-                )
-                checkpoint.save(folder, state, f"checkpoint_{done:04}.pth" if keep else None)
+                evaluate()
+            keep = args.save_every and done % args.save_every == 0
+            keeper.end_epoch(f"checkpoint_{done:04}.pth" if keep else None)
             log.epoch(done, new_knn)
 
 
-def train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, epoch, args, log):
-    """One pass over the data; `ddp` is `model`, or the model wrapped for several processes."""
+def train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, args, log, keeper):
+    """What is left of an epoch; `ddp` is `model`, or the model wrapped for several processes."""
     ddp.train()
     device = next(model.parameters()).device
-    loader.batch_sampler.epoch = epoch
-    for step, (crops, rows) in enumerate(log.timed(loader), epoch * len(loader)):
+    loader.batch_sampler.start(keeper.epoch, keeper.iteration)
+    for step, (crops, rows) in enumerate(log.timed(loader), keeper.iteration):
         t = step / len(loader)  # in epochs
         lr = warmup_cosine(t, args.epochs, args.warmup_epochs, peak_lr(args))
         m = cosine_momentum(t, args.epochs, args.moco_m) if args.moco_m_cos else args.moco_m
@@ -147,6 +148,7 @@ def train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, epoch, args
         descend(loss, optimizer, scaler, args.clip_grad)
         model.update_momentum_encoder(m)
         log.step(step + 1, dict(lr=lr, m=m), loss=loss, **monitors)
+        keeper.step(step + 1)
 
 
 def peak_lr(args):

@@ -106,8 +106,8 @@ class Side:
         """So many steps → the last one's loss."""
         loader, log = OneBatch([self.batch] * steps), Quiet(self.waits)
         main_moco.train_one_epoch(
-            self.model, self.model, loader, self.optimizer, self.scaler, self.autocast, 0,
-            self.args, log,
+            self.model, self.model, loader, self.optimizer, self.scaler, self.autocast, self.args,
+            log, keeper=SimpleNamespace(epoch=0, iteration=0, step=id),
         )  # fmt: skip
         return float(log.loss)
 
@@ -160,7 +160,7 @@ class PlainSide(Side):
 class OneBatch(list):
     """A loader that repeats a batch."""
 
-    batch_sampler = SimpleNamespace(epoch=0)
+    batch_sampler = SimpleNamespace(start=max)
 
 
 class Quiet:

@@ -2,45 +2,64 @@
 
 import os
 import shutil
+import sys
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from moco import UserError
+from moco import UserError, reason
+from moco.distributed import largest, say
 from vits import create_backbone
 
-LAST = "checkpoint.pth"
+LAST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 
 # What may differ when a run continues; anything else would change its mathematics.
 MAY_CHANGE = set(
     "data data_root workers amp device encode_chunk compile output_dir resume init_from print_freq "
-    "tensorboard save_every knn_every knn_bank knn".split()
+    "tensorboard save_every save_minutes timeout allow_changed_args knn_every knn_bank knn".split()
 )
+
+
+class Damaged(UserError):
+    """A checkpoint that can't be read, or that holds something other than it should."""
 
 
 def save(folder, state, keep_as=None, name=LAST):
     """Writes folder/name by way of a temporary name; `keep_as`: a second name for it.
 
-    A crash at any moment leaves the old file or the new one, whole.
+    The checkpoint before stays as PREVIOUS. A crash at any moment leaves the old file or the new
+    one, whole; so does a disk that is full: OSError.
     """
     last = Path(folder, name)
     temporary = last.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)  # a crash may have left it linked to a file that is kept
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep_as:
-        second = last.with_suffix(".tmp2")
-        second.unlink(missing_ok=True)
-        try:
-            os.link(temporary, second)  # no second copy on disk
-        except OSError:
-            shutil.copyfile(temporary, second)
-        os.replace(second, Path(folder, keep_as))
-    os.replace(temporary, last)
+    try:
+        temporary.unlink(missing_ok=True)  # a crash may have left it linked to a file that is kept
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as:
+            _second_name(temporary, Path(folder, keep_as))
+        if name == LAST and last.exists():
+            _second_name(last, Path(folder, PREVIOUS))
+        os.replace(temporary, last)
+    except (OSError, RuntimeError) as error:  # torch's own for a write that failed
+        temporary.unlink(missing_ok=True)
+        raise error if isinstance(error, OSError) else OSError(reason(error)) from None
+
+
+def _second_name(path, second):
+    temporary = second.with_suffix(".tmp2")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)  # no second copy on disk
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, second)
 
 
 def load(path):
@@ -48,13 +67,47 @@ def load(path):
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        # weights_only: a file from elsewhere can't run code.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # torch doesn't look at the checksums that it writes: flipped bits would become weights.
+        broken = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about formats that damage looks like
+            # weights_only: a file from elsewhere can't run code.
+            checkpoint = None if broken else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file provokes
-        raise UserError(f"{path} can't be read as a checkpoint: {type(error).__name__}") from None
+        raise Damaged(f"{path} can't be read as a checkpoint: {type(error).__name__}") from None
+    if broken:
+        raise Damaged(f"{path} is damaged: the checksum of {broken} is wrong")
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path} is no checkpoint: it has no 'state_dict'")
+        raise Damaged(f"{path} is no checkpoint: it has no 'state_dict'")
+    _check_kinds(checkpoint, path)
     return checkpoint
+
+
+def _check_kinds(checkpoint, path):
+    """Damaged if something that we read there is of another kind than it should be."""
+
+    def is_weights(value):
+        return isinstance(value, dict) and all(
+            isinstance(key, str) and isinstance(v, torch.Tensor) for key, v in value.items()
+        )
+
+    def is_number(value):
+        return isinstance(value, int) and value >= 0
+
+    def is_size(value):
+        sides = isinstance(value, tuple | list) and len(value) == 2
+        return sides and all(is_number(side) and 0 < side < 2**16 for side in value)
+
+    for is_kind, keys in (
+        (is_weights, ("state_dict", "ema")),
+        (is_number, ("epoch", "iteration", "num_heads", "world")),
+        (is_size, ("img_size", "patch_size")),
+        (lambda value: isinstance(value, str), ("arch",)),
+        (lambda value: isinstance(value, dict), ("args",)),
+    ):
+        for key in keys:
+            if checkpoint.get(key) is not None and not is_kind(checkpoint[key]):
+                raise Damaged(f"{path} is damaged: its {key!r} is no such thing")
 
 
 # A run and its continuation.
@@ -76,42 +129,98 @@ def training_state(about, epoch, iteration, model, **parts):
 
 
 def find_previous(args, folder):
-    """Path of the checkpoint to continue, or None. UserError if a run would be overwritten."""
-    last = folder / LAST
-    if args.resume == "auto":
-        return last if last.exists() else None
-    if last.exists() and not (
-        args.resume and Path(args.resume).resolve().parent == last.resolve().parent
-    ):
+    """Checkpoints to continue, the newest first; none: []. UserError if a run would be overwritten.
+
+    Processes that torchrun has started again continue whatever the first ones have left. All ranks
+    call it.
+    """
+    found = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
+    [again] = largest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))  # of any host
+    if args.resume == "auto" or (again and found):
+        return found
+    if found and not (args.resume and Path(args.resume).resolve().parent == folder.resolve()):
         raise UserError(
             f"{folder} holds a run: --resume auto continues it, --output-dir starts another"
         )
     if args.resume and not Path(args.resume).is_file():
         raise UserError(f"no checkpoint at {args.resume}")
-    return args.resume
+    return [args.resume] if args.resume else []
 
 
-def resume(path, args, epoch_steps, model, **parts):
-    """Loads a training checkpoint into model and parts → its dict. UserError if `args` differ."""
+def resume(paths, args, model, results=None, **parts):
+    """Loads the first of the training checkpoints that is whole into model and parts → its dict.
+
+    results: what else the script keeps there, by name, as it is before a run. UserError if `args`
+    differ from the run's in what changes the mathematics, without --allow-changed-args.
+    """
+    results = dict(epoch=0, iteration=0) | (results or {})
+    for path, older in zip(paths, [*paths[1:], None]):
+        try:
+            return _continue(path, args, model, results, parts)
+        except Damaged as damage:
+            if not older:
+                raise
+            say(f"{damage}; going back to {older}", sys.stderr)
+
+
+def _continue(path, args, model, results, parts):
     state = load(path)
     if "args" not in state:
         raise UserError(
             f"{path} has weights, but no arguments of a run to continue: begin with --init-from"
         )
-    changed = [
-        f"--{name.replace('_', '-')} {state['args'].get(name)} → {value}"
-        for name, value in vars(args).items()
-        if name not in MAY_CHANGE and value != state["args"].get(name)
-    ]
-    if changed:
-        raise UserError(f"{path} was trained with other arguments: {', '.join(changed)}")
-    if state["iteration"] != state["epoch"] * epoch_steps:
-        raise UserError(f"{path} was trained on another number of images than DIR holds now")
-    load_model(model, state, path)
-    for name, part in parts.items():
-        if state[name]:  # a GradScaler's is empty unless the run was in fp16
-            part.load_state_dict(state[name])
+    _compare_args(path, state["args"], args)
+    try:
+        load_model(model, state, path)
+        for name, part in parts.items():
+            _load_part(part, state[name])
+        for name, value in results.items():
+            if not _alike(value, state[name]):
+                raise TypeError(f"{name!r} is no such thing")
+    # Whatever entries provoke that are missing, or of another kind or shape.
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {reason(error)}"
+        raise Damaged(f"{path} can't be continued: {what}") from None
     return state
+
+
+def _compare_args(path, old, args):
+    changed = [
+        f"--{name.replace('_', '-')} {old.get(name)} → {value}"
+        for name, value in vars(args).items()
+        if name not in MAY_CHANGE and value != old.get(name)
+    ]
+    if changed and not args.allow_changed_args:
+        raise UserError(
+            f"{path} was trained with other arguments: {', '.join(changed)}; --allow-changed-args "
+            "goes on all the same"
+        )
+    if changed:
+        say(f"going on with other arguments: {', '.join(changed)}")
+
+
+def _load_part(part, state):
+    if isinstance(part, torch.optim.Optimizer):
+        # Rates and the like come from the arguments; torch would take moments of any shape.
+        params = [p for group in part.param_groups for p in group["params"]]
+        moments = state["state"]
+        if moments and moments.keys() != set(range(len(params))):
+            raise ValueError("the optimizer's state is of other parameters")
+        for i, values in moments.items():
+            for name, value in values.items():
+                if value.ndim and value.shape != params[i].shape:
+                    raise ValueError(f"the optimizer's {name} is of another shape")
+        state = {"state": moments, "param_groups": part.state_dict()["param_groups"]}
+    if state:  # a GradScaler's is empty unless the run was in fp16
+        part.load_state_dict(state)
+
+
+def _alike(expected, found):
+    """Numbers, or lists of them of the same shape."""
+    if isinstance(expected, tuple | list):
+        same = isinstance(found, tuple | list) and len(found) == len(expected)
+        return same and all(map(_alike, expected, found))
+    return isinstance(found, int | float)
 
 
 # Weights into models.

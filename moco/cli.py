@@ -7,9 +7,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from moco import UserError
+import torch
+
+from moco import UserError, reason
 from moco.data import NAMES
-from moco.distributed import leave, rank
+from moco.distributed import leave
+from moco.keeper import Stop
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +61,11 @@ def shared_flags():
     add("--output-dir", help="of all that the run writes (default: in runs/)")
     add("--resume", metavar="PATH", help="checkpoint to continue, or auto: the one in "
         "--output-dir, if there is one")  # fmt: skip
+    add("--save-minutes", type=nonnegative, default=30, metavar="MINUTES", help="between "
+        "checkpoints, beside those at the ends of epochs; 0: only these")  # fmt: skip
+    add("--allow-changed-args", action="store_true", help="resume though arguments differ")
+    add("--timeout", type=positive_float, default=600, metavar="SECONDS", help="that a process "
+        "waits for the others")  # fmt: skip
     add("-p", "--print-freq", type=positive, default=10, metavar="STEPS", help="steps between log "
         "lines")  # fmt: skip
     add("--tensorboard", action="store_true", help="log to TensorBoard too, in --output-dir")
@@ -98,12 +106,6 @@ def origin(args):
     return "from a random initialisation" if args.from_scratch else f"from {args.pretrained}"
 
 
-def say(text):
-    """Rank 0 prints it."""
-    if rank() == 0:
-        print(text, flush=True)
-
-
 class Size(argparse.Action):
     """One side or two → (height, width)."""
 
@@ -141,19 +143,50 @@ seed = _number(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2³² �
 
 
 def run(main, parse_args):
-    """The script: parses, calls main(args), turns a UserError into one line and its exit code."""
+    """The script: parses, calls main(args); what goes wrong becomes one line and an exit code."""
     script = os.path.basename(sys.argv[0])
+    code, error, everywhere = 0, None, True  # error: a text, for an exception holds the workers
     try:
         main(parse_args())
-        code = 0
-    except UserError as error:
-        if error.everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
-        code = error.code
+    except UserError as wrong:
+        code, error, everywhere = wrong.code, str(wrong), wrong.everywhere
+    except Stop as stop:
+        code = stop.code
     except KeyboardInterrupt:
+        code = 130
         if os.environ.get("RANK", "0") == "0":
             print(f"{script}: interrupted; --resume auto continues", file=sys.stderr)
-        code = 130
+    except (MemoryError, OSError, RuntimeError) as unforeseen:
+        code, error = 1, explain(unforeseen)
+        if not error:
+            raise
+    if error and (everywhere or os.environ.get("LOCAL_RANK", "0") == "0"):
+        print(f"{script}: error: {error}", file=sys.stderr, flush=True)
     if not code:
         leave()
     sys.exit(code)
+
+
+def explain(error):
+    """What a failure of the machine, not of ours, means for the user; None for any other."""
+    said = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory: a smaller --batch-size, or for ViTs --encode-chunk"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in said:
+        return "out of memory: a smaller --batch-size, or fewer --workers"
+    if "DataLoader worker" in said:
+        return (
+            "a worker was killed, for want of memory perhaps, or of /dev/shm: fewer --workers; "
+            "--resume auto continues"
+        )
+    lost = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo",
+            "NCCL")  # fmt: skip
+    if isinstance(error, torch.distributed.DistError) or any(word in said for word in lost):
+        what = re.sub(r"^\[.*?\] ", "", reason(error)).split(". ")[0]  # after file and line
+        return (
+            f"another process has ended, or the network between them: {what}; --resume auto "
+            "continues, and torchrun's --max-restarts does so by itself"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return None

@@ -5,6 +5,7 @@ the sampler hands out (epoch, index) pairs, so neither workers, nor ranks, nor a
 """
 
 import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -261,6 +262,7 @@ class EpochBatches(Sampler):
     The global batch is cut into `world` pieces in rank order, so the ranks' batches together are
     the same for any number of ranks. What doesn't fill a batch sits this epoch out (`left_out`).
     `repeats`: repeated augmentation, an epoch of as many views of fewer images, each that often.
+    Iterating gives epoch `epoch` from its batch `first` on.
     """
 
     def __init__(self, images, batch_size, seed, repeats=1):
@@ -273,8 +275,8 @@ class EpochBatches(Sampler):
             raise UserError(f"--batch-size {batch_size}: BatchNorm needs 2 images in each process")
         if images < batch_size:
             raise UserError(f"{images} images don't fill one --batch-size {batch_size}: lower it")
-        self.images, self.batch_size, self.seed, self.epoch = images, batch_size, seed, 0
-        self.repeats = repeats
+        self.images, self.batch_size, self.seed, self.repeats = images, batch_size, seed, repeats
+        self.epoch = self.first = 0
         shown = len(self) * batch_size
         self.left_out = images - -(-shown // repeats)  # rounded up
 
@@ -284,13 +286,24 @@ class EpochBatches(Sampler):
     def __str__(self):
         return f"{self.batch_size}: {len(self)} steps an epoch, {self.left_out} images left over"
 
+    def start(self, epoch, iteration):
+        """Next comes what is left of `epoch` after that many steps of the whole run."""
+        self.epoch, self.first = epoch, iteration - epoch * len(self)
+
+    def state_dict(self):
+        return {"images": self.images}
+
+    def load_state_dict(self, state):
+        if state["images"] != self.images:
+            raise UserError(f"the run has {state['images']} images, DIR holds {self.images} now")
+
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch, 0, 1))  # unlike that of any image
         order = rng.permutation(self.images).repeat(self.repeats)[: len(self) * self.batch_size]
         # Each view of an image has its own number to draw from: epoch·repeats, and 1 more, …
         epochs = self.epoch * self.repeats + np.arange(len(order)) % self.repeats
         keys = np.stack([epochs, order], 1).reshape(len(self), distributed.world(), -1, 2)
-        for batch in keys[:, distributed.rank()].tolist():
+        for batch in keys[self.first :, distributed.rank()].tolist():
             yield [tuple(key) for key in batch]
 
 
@@ -426,6 +439,7 @@ def create_loader(dataset, batches, workers, device, persistent=False):
         pin_memory=device.type == "cuda",
         persistent_workers=persistent and workers > 0,
         prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=_outlive_signals,
         # Its own: the seed of the workers would be drawn from the generator that drop path uses.
         generator=torch.Generator(),
     )
@@ -433,6 +447,13 @@ def create_loader(dataset, batches, workers, device, persistent=False):
 
 def _as_is(batch):
     return batch
+
+
+def _outlive_signals(worker):
+    """What ends a run reaches a worker, too, which is needed for one step more: later, it dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))  # seconds
 
 
 def checked(batches):

@@ -4,7 +4,9 @@ import inspect
 import os
 import re
 import time
+import uuid
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from moco import UserError
 
 
-def set_up(device="auto", amp="auto"):
+def set_up(device="auto", amp="auto", timeout=600):
     """Joins torchrun's processes, if any → this one's torch.device, autocast dtype or None.
 
     CUDA talks through NCCL, the CPU through gloo; without torchrun there is one process, no group.
+    A process that waits for another one longer than `timeout` seconds gives up.
     `amp` auto: bf16 where the hardware computes in it, fp16 on older CUDA, off elsewhere.
     """
     if device == "auto":
@@ -37,8 +40,17 @@ def set_up(device="auto", amp="auto"):
         torch.cuda.set_device(local_rank())
     device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     if "RANK" in os.environ:
-        backend, pinned = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, device_id=pinned)
+        # Flags that only the CPU needs go through gloo on a GPU, too: nothing waits for it then.
+        on_gpu, limit = device.type == "cuda", timedelta(seconds=timeout)
+        store, number, count = next(dist.rendezvous("env://", timeout=limit))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=limit,
+            store=_fresh(store, number, count, timeout),
+            rank=number,
+            world_size=count,
+            device_id=device if on_gpu else None,
+        )
     amp = _amp_dtype(amp, device)
     # In bf16 on a CPU torch's fused attention is slower than the explicit softmax, several times
     # over (benchmarks/attention.py).
@@ -69,9 +81,47 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def _fresh(store, number, count, timeout):
+    """The part of the store that is this generation's of processes alone.
+
+    torchrun keeps one store through its restarts, and a process that finds in it where the others
+    listened before they were killed calls there in vain.
+    """
+    me = uuid.uuid4().hex
+    if number == 0:
+        store.set("generation", me)
+        for other in range(1, count):
+            name = store.get(f"{me}/{other}").decode()
+            store.set(f"{me}/{name} is welcome", "")
+        return dist.PrefixStore(me, store)
+    start = time.monotonic()
+    while time.monotonic() - start < timeout:
+        generation = store.get("generation").decode()  # of those before us, perhaps
+        store.set(f"{generation}/{number}", me)
+        if store.check([f"{generation}/{me} is welcome"]):
+            return dist.PrefixStore(generation, store)
+        time.sleep(0.01)
+    raise dist.DistStoreError(f"rank 0 did not come within {timeout:g} seconds")
+
+
 def barrier():
     if world() > 1:
         dist.barrier()
+
+
+def say(text, file=None):
+    """Rank 0 prints it."""
+    if rank() == 0:
+        print(text, file=file, flush=True)
+
+
+def largest(*numbers):
+    """The largest of the ranks' whole numbers, for each; through the CPU."""
+    if world() == 1:
+        return numbers
+    numbers = torch.tensor(numbers)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
 
 
 def parallel(model, device):

@@ -4,6 +4,8 @@ Ranks share whole batches, cut in the order of the data: each batch is computed 
 number of processes, and every image counts once.
 """
 
+from operator import itemgetter
+
 import torch
 import torch.distributed as dist
 
@@ -58,6 +60,11 @@ def accuracy(classify, heads, source, size, workers, device, **crop):
 def in_words(top1, top5, classes):
     """Percentages; top-5 says something from 5 classes on."""
     return f"top-1 {top1:.2f} %" + (f", top-5 {top5:.2f} %" if classes >= 5 else "")
+
+
+def better(old, new):
+    """The higher of two (top-1, epoch); of equal ones the old."""
+    return max(old, new, key=itemgetter(0))
 
 
 class KNN:

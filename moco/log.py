@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,39 +19,64 @@ class Log:
     """Collects scalars on the device and reads them every `print_freq` steps: one wait, not many.
 
     Lines of log.jsonl are of two kinds: training, averaged since the line before, and what an
-    evaluation measured. `epoch_steps`: steps of an epoch; `epoch`: where the run begins; `chance`:
-    the loss of a blind guess, where it is worth showing.
+    evaluation measured. `epoch_steps`: steps of an epoch; `chance`: the loss of a blind guess,
+    where it is worth showing. As a context it writes; its state is a part of the checkpoint.
     """
 
-    def __init__(self, folder, args, epoch_steps, epoch=0, chance=None):
+    def __init__(self, folder, args, epoch_steps, chance=None):
         self.folder, self.epoch_steps, self.batch_size = Path(folder), epoch_steps, args.batch_size
         self.epochs, self.print_freq = args.epochs, args.print_freq
+        self.tensorboard = args.tensorboard
         self.chance = {} if chance is None else {"chance": chance}
         self.measured = ""  # by the last evaluation
+        self.steps = self.rows = 0  # done, and lines of log.jsonl about them
         self.pending, self.names = [], ()  # scalars on the device, not read yet
         self.latest = {}  # the last training line
         self.waited, self.since = 0.0, time.perf_counter()  # since that line, in seconds
+        self.timed_steps = 0
         self.drawn = 0.0
+        self.unwritten = b""
         self.speaks = rank() == 0
         self.file = self.board = self.bar = None
-        if not self.speaks:
-            return
 
-        path, step = self.folder / "log.jsonl", epoch * epoch_steps
-        rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
+    def state_dict(self):
+        """Where it stands, with what no line says yet; all ranks together."""
+        pending = self._values() if self.pending else torch.zeros(0, 0)
+        return dict(
+            steps=self.steps, rows=self.rows, names=self.names, pending=pending,
+            latest=self.latest, measured=self.measured,
+        )  # fmt: skip
+
+    def load_state_dict(self, state):
+        self.steps, self.rows = int(state["steps"]), int(state["rows"])
+        self.names, self.pending = tuple(state["names"]), list(state["pending"].unbind())
+        self.latest, self.measured = dict(state["latest"]), str(state["measured"])
+
+    def __enter__(self):
+        if not self.speaks:
+            return self
+        path = self.folder / "log.jsonl"
+        rows = read_rows(path)[: self.rows]  # what came after the checkpoint comes again
+        self.rows = len(rows)
         trimmed = path.with_suffix(".tmp")
         trimmed.write_text("".join(json.dumps(row) + "\n" for row in rows))
         trimmed.replace(path)
-        self.file = open(path, "a", buffering=1)
-        if args.tensorboard:
+        self.file = open(path, "ab", buffering=0)
+        if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(self.folder, purge_step=step + 1 if step else 0)
+            self.board = SummaryWriter(self.folder, purge_step=self.steps and self.steps + 1)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            steps = args.epochs * epoch_steps
-            self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
+            steps = self.epochs * self.epoch_steps
+            self.bar = tqdm(total=steps, initial=self.steps, unit="step", dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *_):
+        for end in (self.bar, self.board, self.file):
+            if end:
+                end.close()
 
     def say(self, text):
         """A line of text, above the bar if there is one."""
@@ -61,7 +87,7 @@ class Log:
 
     def timed(self, loader):
         """The loader's batches; the time spent waiting for them is counted."""
-        self.since, self.waited = time.perf_counter(), 0.0
+        self.since, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
         asked = time.perf_counter()
         for batch in checked(loader):
             self.waited += time.perf_counter() - asked
@@ -71,7 +97,8 @@ class Log:
     def step(self, step, settings, **scalars):
         """After `step` steps in all; settings: plain numbers that the step was made with, lr say;
         scalars: 0-d tensors on the device, `loss` among them."""
-        self.names = tuple(scalars)
+        self.names, self.steps = tuple(scalars), step
+        self.timed_steps += 1
         self.pending.append(torch.stack([v.detach().float() for v in scalars.values()]))
         if self.bar:
             self.bar.update()
@@ -79,18 +106,24 @@ class Log:
             self._flush(step, settings)
 
     def _flush(self, step, settings):
-        values = average(torch.stack(self.pending)).cpu()  # [steps since, scalars]; waits here
+        values = self._values()
         self._check(step, values[:, self.names.index("loss")])
         now = time.perf_counter()
         seconds = now - self.since
         self.latest = dict(zip(self.names, values.mean(0).tolist())) | self.chance | settings
         self.latest |= dict(
-            images_per_s=len(values) * self.batch_size / seconds, data_wait=self.waited / seconds
+            images_per_s=self.timed_steps * self.batch_size / seconds,
+            data_wait=self.waited / seconds,
         )
-        self._row(step, self.latest)
-        self.pending, self.waited, self.since = [], 0.0, now
+        self._row(self.latest)
+        self.pending, self.waited, self.since, self.timed_steps = [], 0.0, now, 0
         if self.bar:
             self.bar.set_postfix_str(self._short())
+
+    def _values(self):
+        """What is pending, averaged over the ranks: [steps, scalars]. Waits for the device."""
+        device = self.pending[-1].device  # those from a checkpoint are on the CPU
+        return average(torch.stack([values.to(device) for values in self.pending])).cpu()
 
     def _check(self, step, losses):
         bad = ~losses.isfinite()
@@ -99,11 +132,11 @@ class Log:
                 f"loss became {losses[bad][0]:f}", step - len(losses) + int(bad.int().argmax())
             )
 
-    def check_weights(self, step, model):
-        """Stops the run if a weight is no number: the last step of an epoch shows in no loss."""
+    def check_weights(self, model):
+        """Stops the run if a weight is no number: the last step shows in no loss yet."""
         norms = torch.stack(torch._foreach_norm(list(model.parameters())))
         if not norms.isfinite().all():
-            self._stop("weights are no numbers any more", step - 1)
+            self._stop("weights are no numbers any more", self.steps - 1)
 
     def _stop(self, what, step):
         epoch, iteration = divmod(step, self.epoch_steps)
@@ -115,22 +148,25 @@ class Log:
             code=1,
         )
 
-    def evaluation(self, step, text, **values):
-        """What an evaluation after `step` steps measured: a line of log.jsonl, and `text`."""
+    def evaluation(self, text, **values):
+        """What an evaluation measured: a line of log.jsonl, and `text` for other lines."""
         self.measured = text
-        self._row(step, values)
+        self._row(values)
         if self.bar and self.latest:
             self.bar.set_postfix_str(self._short())
 
-    def _row(self, step, values):
+    def _row(self, values):
         if not self.speaks:
             return
         values = {key: float(f"{value:.6g}") for key, value in values.items()}
-        row = dict(epoch=round(step / self.epoch_steps, 4), step=step) | values
-        self.file.write(json.dumps(row) + "\n")
+        row = dict(epoch=round(self.steps / self.epoch_steps, 4), step=self.steps) | values
+        self.rows += 1
+        self.unwritten += json.dumps(row).encode() + b"\n"
+        with suppress(OSError):  # a full disk: the next line brings these along
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         if self.board:
             for key, value in values.items():
-                self.board.add_scalar(key, value, step)
+                self.board.add_scalar(key, value, self.steps)
 
     def _short(self):
         chance = "".join(f" (chance {value:.2f})" for value in self.chance.values())
@@ -149,13 +185,9 @@ class Log:
                 f"{100 * self.latest['data_wait']:.0f} % of it waiting for data"
             )
         if epoch == self.epochs or time.perf_counter() - self.drawn > 60:  # seconds
-            draw_curves(self.folder)
+            with suppress(OSError):  # a full disk is told when the run is saved
+                draw_curves(self.folder)
             self.drawn = time.perf_counter()
-
-    def close(self):
-        for end in (self.bar, self.board, self.file):
-            if end:
-                end.close()
 
 
 def read_rows(path):

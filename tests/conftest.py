@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import runpy
 import subprocess
@@ -56,6 +57,40 @@ def launch(processes, name, *args, **env):
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )
+
+
+# Forked from a process that has imported everything: to start and kill one takes no time.
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["conftest", "main_lincls", "main_finetune", "sklearn.datasets"])
+
+
+class Child:
+    """`python NAME ARGS…` in the background, its output in a file; one CPU thread."""
+
+    def __init__(self, folder, name, *args):
+        self.output = Path(folder, "output.txt")
+        self.output.write_text("")
+        argv = [name, *map(str, args)]
+        self.process = forkserver.Process(target=_run_child, args=(argv, str(self.output)))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def wait(self, timeout=120):
+        """Its exit code; None if it still runs after that many seconds."""
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def said(self):
+        return self.output.read_text()
+
+
+def _run_child(argv, output):
+    file = os.open(output, os.O_WRONLY | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    sys.argv = argv
+    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
 
 
 @contextmanager

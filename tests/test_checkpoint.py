@@ -72,7 +72,8 @@ def test_a_kept_checkpoint_outlives_the_last_one(tmp_path):
     checkpoint.save(tmp_path, {"state_dict": {}, "epoch": 2})
     assert checkpoint.load(tmp_path / "checkpoint_0001.pth")["epoch"] == 1
     assert checkpoint.load(tmp_path / checkpoint.LAST)["epoch"] == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth", "checkpoint_0001.pth"]
+    assert checkpoint.load(tmp_path / checkpoint.PREVIOUS)["epoch"] == 1
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 class Code:

@@ -1,6 +1,5 @@
 """What a run leaves behind: lines, averages, pictures, and the stop at a loss that is no number."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,16 +9,20 @@ from moco import UserError
 from moco.log import Log, draw_curves, draw_views, read_rows, versions
 
 
-def log(folder, epoch=0):
+def log(folder):
     args = SimpleNamespace(epochs=2, batch_size=4, print_freq=4, tensorboard=False)
-    return Log(folder, args, epoch_steps=10, epoch=epoch, chance=5.5)
+    return Log(folder, args, epoch_steps=10, chance=5.5)
+
+
+def train(run, first, last):
+    for step in range(first, last + 1):
+        run.step(step, dict(lr=0.1, m=0.99), loss=torch.tensor(float(step)), top1=torch.tensor(0.5))
 
 
 def test_rows_are_averages_since_the_row_before(tmp_path):
-    run = log(tmp_path)
-    for step in range(1, 11):
-        run.step(step, dict(lr=0.1, m=0.99), loss=torch.tensor(float(step)), top1=torch.tensor(0.5))
-    run.evaluation(10, "kNN 50.0 %", knn=50.0)
+    with log(tmp_path) as run:
+        train(run, 1, 10)
+        run.evaluation("kNN 50.0 %", knn=50.0)
     rows = read_rows(tmp_path / "log.jsonl")
     assert [row["step"] for row in rows] == [4, 8, 10, 10]  # the end of an epoch counts as well
     assert [row["loss"] for row in rows[:3]] == [2.5, 6.5, 9.5]
@@ -27,17 +30,53 @@ def test_rows_are_averages_since_the_row_before(tmp_path):
     assert {"chance", "top1", "lr", "m", "images_per_s", "data_wait"} <= rows[0].keys()
 
 
-def test_resuming_drops_what_the_checkpoint_does_not_know(tmp_path):
-    lines = [json.dumps({"epoch": s / 10, "step": s}) for s in (4, 8, 10, 14)]
-    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"epoch": 1.8, "st')
-    log(tmp_path, epoch=1).evaluation(18, "")
-    assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [4, 8, 10, 18]
+def test_a_resumed_log_is_that_of_one_run(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    with log(whole) as run:
+        train(run, 1, 14)
+    with log(broken) as run:
+        train(run, 1, 6)
+        state = run.state_dict()  # two steps that no line tells yet
+        train(run, 7, 9)  # lost
+    with open(broken / "log.jsonl", "a") as file:
+        file.write('{"epoch": 1.8, "st')
+    run = log(broken)
+    run.load_state_dict(state)
+    with run:
+        train(run, 7, 14)
+    rows = [read_rows(folder / "log.jsonl") for folder in (whole, broken)]
+    for row in (*rows[0], *rows[1]):
+        del row["images_per_s"], row["data_wait"]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [4, 8, 10, 12]
+
+
+def test_lines_that_a_full_disk_refused_follow_later(tmp_path):
+    class Full:
+        def write(self, text):
+            if self.free < len(text):
+                text = text[: self.free]
+            self.free -= len(text)
+            if not text:
+                raise OSError("full")
+            return file.write(text)
+
+    full = Full()
+    with log(tmp_path) as run:
+        file, run.file, full.free = run.file, full, 20
+        train(run, 1, 4)
+        train(run, 5, 8)
+        assert not read_rows(tmp_path / "log.jsonl")
+        full.free = 10_000
+        train(run, 9, 10)
+        run.file = file
+    assert [row["step"] for row in read_rows(tmp_path / "log.jsonl")] == [4, 8, 10]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_no_number_stops_the_run_at_its_iteration(tmp_path, value):
-    run = log(tmp_path)
-    with pytest.raises(UserError) as stop:
+    with pytest.raises(UserError) as stop, log(tmp_path) as run:
         for step in range(1, 21):
             loss = torch.tensor(float(value) if step > 13 else 1.0)
             run.step(step, dict(lr=0.1, m=0.99), loss=loss, top1=loss)
