@@ -81,7 +81,8 @@ def main(args):
         weights = "ema" if args.evaluate_ema else "state_dict"
         model, setting = checkpoint.create_downstream(args, dataset.classes, weights)
         model.to(device)
-        found = measure(model, dataset, setting["img_size"], args.workers, autocast)
+        bad = data.BadImages(args.max_bad_images, len(dataset.val))
+        found = measure(model, dataset, setting["img_size"], args.workers, autocast, bad)
         cli.say(f"{evaluation.in_words(*found, dataset.classes)} on {len(dataset.val):,} images")
     else:
         finetune(args, dataset, device, amp, autocast)
@@ -120,7 +121,9 @@ def finetune(args, dataset, device, amp, autocast):
         batch=batches,
         rate=f"{args.lr:g} · {args.batch_size}/256 = {args.lr * args.batch_size / 256:g}, adamw",
     )
-    with closing(Log(folder, args, len(batches), first_epoch)) as log:
+    images = len(training_set)
+    bad = data.BadImages(args.max_bad_images, images, folder, resumed=bool(previous))
+    with closing(Log(folder, args, len(batches), first_epoch, bad=bad)) as log:
         for epoch in range(first_epoch, args.epochs):
             # What the process draws, drop path and mixup, begins anew with each epoch: a resumed
             # run continues exactly.
@@ -132,7 +135,7 @@ def finetune(args, dataset, device, amp, autocast):
             done, step = epoch + 1, (epoch + 1) * len(batches)
             log.check_weights(step, model)
             measured = ema.module if args.evaluate_ema else model
-            top1, top5 = measure(measured, dataset, size, args.workers, autocast)
+            top1, top5 = measure(measured, dataset, size, args.workers, autocast, bad)
             better = top1 > best[0]
             best = max(best, (top1, done), key=itemgetter(0))
             log.evaluation(step, f"top-1 {top1:.2f} %", acc1=top1, acc5=top5)
@@ -257,15 +260,18 @@ class Augmented:
         self.source, self.transform, self.seed = source, transform, seed
 
     def __getitems__(self, keys):
+        bad = {}
         try:
-            images = torch.stack([self._view(epoch, index) for epoch, index in keys])
+            views, shown = zip(*(self._view(epoch, index, bad) for epoch, index in keys))
         except UserError as error:
             return error
-        return images, self.source.labels[[index for _, index in keys]]
+        batch = torch.stack(views), self.source.labels[list(shown)]
+        return data.Flawed(batch, bad) if bad else batch
 
-    def _view(self, epoch, index):
+    def _view(self, epoch, index, bad):
+        image, shown = data.readable(self.source, (self.seed, epoch, index), bad)
         with seeded(self.seed, epoch, index, cpu_alone=True):
-            return self.transform(tv.to_pil_image(self.source.read(index)))
+            return self.transform(tv.to_pil_image(image)), shown
 
     def __len__(self):
         return len(self.source)
@@ -290,7 +296,7 @@ def seeded(*key, cpu_alone=False):
         torch.set_rng_state(before[2])
 
 
-def measure(model, dataset, size, workers, autocast):
+def measure(model, dataset, size, workers, autocast, bad):
     """(top-1, top-5) in percent."""
     model.eval()
 
@@ -300,7 +306,7 @@ def measure(model, dataset, size, workers, autocast):
 
     device = next(model.parameters()).device
     [found] = evaluation.accuracy(
-        classify, 1, dataset.val, size, workers, device, interpolation="bicubic"
+        classify, 1, dataset.val, size, workers, device, bad, interpolation="bicubic"
     )
     return found
 

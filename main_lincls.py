@@ -88,11 +88,13 @@ def main(args):
     if args.knn:
         knn = KNN(dataset, size, args.knn_bank, args.workers, device)
         ks = [k for k in (10, 20, 100, 200) if k <= len(knn.chosen)] or [knn.k]
-        for k, found in zip(ks, knn(backbone, autocast, ks)):
+        bad = data.BadImages(args.max_bad_images, len(dataset.bank))
+        for k, found in zip(ks, knn(backbone, autocast, ks, bad)):
             cli.say(f"kNN     {found:.2f} % with k {k}, bank {len(knn.chosen):,}")
     if args.evaluate:
         classifiers = Classifiers([getattr(backbone, checkpoint.classifier_name(backbone))])
-        [found] = measure(backbone, classifiers, dataset, size, args.workers, autocast)
+        bad = data.BadImages(args.max_bad_images, len(dataset.val))
+        [found] = measure(backbone, classifiers, dataset, size, args.workers, autocast, bad)
         cli.say(f"{in_words(*found, dataset.classes)} on {len(dataset.val):,} images")
         return
     if args.epochs:
@@ -126,14 +128,16 @@ def probe(args, dataset, backbone, setting, device, amp, autocast):
         batch=batches,
         rate=", ".join(f"{lr:g}" for lr in args.lr) + f" · {args.batch_size}/256",
     )
+    images = len(training_set)
+    bad = data.BadImages(args.max_bad_images, images, folder, resumed=bool(previous))
     found = []
-    with closing(Log(folder, args, len(batches), first_epoch)) as log:
+    with closing(Log(folder, args, len(batches), first_epoch, bad=bad)) as log:
         for epoch in range(first_epoch, args.epochs):
             train_one_epoch(ddp, backbone, loader, optimizer, autocast, epoch, args, log)
             done, step = epoch + 1, (epoch + 1) * len(batches)
             if len(args.lr) == 1:  # of several, one may fail
                 log.check_weights(step, classifiers)
-            found = measure(backbone, classifiers, dataset, size, args.workers, autocast)
+            found = measure(backbone, classifiers, dataset, size, args.workers, autocast, bad)
             best = [
                 max(old, (top1, done), key=itemgetter(0)) for old, (top1, _) in zip(best, found)
             ]
@@ -208,7 +212,7 @@ def create_optimizer(classifiers):
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=0.0)
 
 
-def measure(backbone, classifiers, dataset, size, workers, autocast):
+def measure(backbone, classifiers, dataset, size, workers, autocast, bad):
     """[(top-1, top-5)] in percent for each classifier."""
     device = next(backbone.parameters()).device
     classifiers.eval()
@@ -218,7 +222,7 @@ def measure(backbone, classifiers, dataset, size, workers, autocast):
             h = features(backbone, images)
         return classifiers(at_least_fp32(h))
 
-    return accuracy(classify, len(classifiers.linears), dataset.val, size, workers, device)
+    return accuracy(classify, len(classifiers.linears), dataset.val, size, workers, device, bad)
 
 
 def report(args, dataset, classifiers, found, best):

@@ -97,13 +97,15 @@ def main(args):
         batch=batches,
         rate=f"{args.lr:g} · {args.batch_size}/256 = {peak_lr(args):g}, {args.optimizer}",
     )
+    images = len(dataset.train)
+    bad = data.BadImages(args.max_bad_images, images, folder, resumed=bool(previous))
     if distributed.rank() == 0:
-        draw_views(folder, *first_views(crops, device))
+        draw_views(folder, *first_views(crops, device, bad))
 
     chance = 4 * args.moco_t * math.log(args.batch_size)  # 4τ·ln N
-    with closing(Log(folder, args, len(batches), first_epoch, chance)) as log:
+    with closing(Log(folder, args, len(batches), first_epoch, chance, bad)) as log:
         if knn and first_epoch == 0:
-            [found] = knn(model.base_encoder, autocast)
+            [found] = knn(model.base_encoder, autocast, bad=bad)
             log.evaluation(0, f"kNN {found:.1f} %", knn=found)
             log.say(f"kNN {found:.1f} % before training, k {knn.k}, bank {len(knn.chosen):,}")
         if first_epoch == args.epochs:
@@ -114,7 +116,7 @@ def main(args):
             log.check_weights(step, model)
             new_knn = knn and (done % args.knn_every == 0 or done == args.epochs)
             if new_knn:
-                [found] = knn(model.base_encoder, autocast)
+                [found] = knn(model.base_encoder, autocast, bad=bad)
                 log.evaluation(step, f"kNN {found:.1f} %", knn=found)
             if distributed.rank() == 0:
                 keep = args.save_every and done % args.save_every == 0
@@ -162,10 +164,10 @@ def create_model(args, device, amp):
     return MoCo(backbone, *heads, args.encode_chunk, args.compile).to(device)
 
 
-def first_views(crops, device):
+def first_views(crops, device, bad):
     """The first ten images, as the first epoch shows them → x1, x2, [10, 3, H, W]."""
     batch = crops.__getitems__([(0, i) for i in range(min(10, len(crops)))])
-    images, rows = next(data.checked([batch]))
+    images, rows = next(data.checked([batch], bad))
     return augment(images.flatten(0, 1).to(device), rows.flatten(0, 1)).chunk(2)
 
 

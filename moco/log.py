@@ -19,10 +19,10 @@ class Log:
 
     Lines of log.jsonl are of two kinds: training, averaged since the line before, and what an
     evaluation measured. `epoch_steps`: steps of an epoch; `epoch`: where the run begins; `chance`:
-    the loss of a blind guess, where it is worth showing.
+    the loss of a blind guess, where it is worth showing; `bad`: data.BadImages, of the loader's.
     """
 
-    def __init__(self, folder, args, epoch_steps, epoch=0, chance=None):
+    def __init__(self, folder, args, epoch_steps, epoch=0, chance=None, bad=None):
         self.folder, self.epoch_steps, self.batch_size = Path(folder), epoch_steps, args.batch_size
         self.epochs, self.print_freq = args.epochs, args.print_freq
         self.chance = {} if chance is None else {"chance": chance}
@@ -31,6 +31,9 @@ class Log:
         self.latest = {}  # the last training line
         self.waited, self.since = 0.0, time.perf_counter()  # since that line, in seconds
         self.drawn = 0.0
+        self.bad = bad
+        if bad:
+            bad.say = self.say
         self.speaks = rank() == 0
         self.file = self.board = self.bar = None
         if not self.speaks:
@@ -63,7 +66,7 @@ class Log:
         """The loader's batches; the time spent waiting for them is counted."""
         self.since, self.waited = time.perf_counter(), 0.0
         asked = time.perf_counter()
-        for batch in checked(loader):
+        for batch in checked(loader, self.bad):
             self.waited += time.perf_counter() - asked
             yield batch
             asked = time.perf_counter()
@@ -91,6 +94,8 @@ class Log:
         self.pending, self.waited, self.since = [], 0.0, now
         if self.bar:
             self.bar.set_postfix_str(self._short())
+        if self.bad:
+            self.bad.meet()
 
     def _check(self, step, losses):
         bad = ~losses.isfinite()
@@ -153,6 +158,8 @@ class Log:
             self.drawn = time.perf_counter()
 
     def close(self):
+        if self.bad and self.bad.found:
+            self.say(self.bad)
         for end in (self.bar, self.board, self.file):
             if end:
                 end.close()
