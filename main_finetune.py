@@ -81,7 +81,8 @@ def main(args):
         weights = "ema" if args.evaluate_ema else "state_dict"
         model, setting = checkpoint.create_downstream(args, dataset.classes, weights)
         model.to(device)
-        found = measure(model, dataset, setting["img_size"], args.workers, autocast)
+        bad = data.BadImages(args.max_bad_images, len(dataset.val))
+        found = measure(model, dataset, setting["img_size"], args.workers, autocast, bad)
         distributed.say(
             f"{evaluation.in_words(*found, dataset.classes)} on {len(dataset.val):,} images"
         )
@@ -105,7 +106,9 @@ def finetune(args, dataset, device, amp, autocast):
     schedule = create_schedule(args, optimizer, len(batches))
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     ema = ModelEmaV3(model, decay=args.ema) if args.ema else None
-    log = Log(folder, args, len(batches))
+    images = len(training_set)
+    bad = data.BadImages(args.max_bad_images, images, folder, resumed=bool(previous))
+    log = Log(folder, args, len(batches), bad)
     parts = dict(optimizer=optimizer, scaler=scaler, batches=batches, log=log)
     parts |= {"ema": ema} if ema else {}
     results = dict(found=(0.0, 0.0), best=(0.0, 0))  # the last (top-1, top-5); best, its epoch
@@ -147,7 +150,7 @@ def finetune(args, dataset, device, amp, autocast):
                 keeper,
             )  # fmt: skip
             measured = ema.module if args.evaluate_ema else model
-            found = top1, top5 = measure(measured, dataset, size, args.workers, autocast)
+            found = top1, top5 = measure(measured, dataset, size, args.workers, autocast, bad)
             log.evaluation(f"top-1 {top1:.2f} %", acc1=top1, acc5=top5)
             best = evaluation.better(results["best"], (top1, done))
             is_best = best != results["best"]
@@ -273,15 +276,18 @@ class Augmented:
         self.source, self.transform, self.seed = source, transform, seed
 
     def __getitems__(self, keys):
+        bad = {}
         try:
-            images = torch.stack([self._view(epoch, index) for epoch, index in keys])
+            views, shown = zip(*(self._view(epoch, index, bad) for epoch, index in keys))
         except UserError as error:
             return error
-        return images, self.source.labels[[index for _, index in keys]]
+        batch = torch.stack(views), self.source.labels[list(shown)]
+        return data.Flawed(batch, bad) if bad else batch
 
-    def _view(self, epoch, index):
+    def _view(self, epoch, index, bad):
+        image, shown = data.readable(self.source, (self.seed, epoch, index), bad)
         with seeded(self.seed, epoch, index):
-            return self.transform(tv.to_pil_image(self.source.read(index)))
+            return self.transform(tv.to_pil_image(image)), shown
 
     def __len__(self):
         return len(self.source)
@@ -308,7 +314,7 @@ def seed_all(*key, cpu_alone=False):
     (torch.default_generator if cpu_alone else torch).manual_seed(seed)
 
 
-def measure(model, dataset, size, workers, autocast):
+def measure(model, dataset, size, workers, autocast, bad):
     """(top-1, top-5) in percent."""
     model.eval()
 
@@ -318,7 +324,7 @@ def measure(model, dataset, size, workers, autocast):
 
     device = next(model.parameters()).device
     [found] = evaluation.accuracy(
-        classify, 1, dataset.val, size, workers, device, interpolation="bicubic"
+        classify, 1, dataset.val, size, workers, device, bad, interpolation="bicubic"
     )
     return found
 

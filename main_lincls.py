@@ -87,11 +87,13 @@ def main(args):
     if args.knn:
         knn = KNN(dataset, size, args.knn_bank, args.workers, device)
         ks = [k for k in (10, 20, 100, 200) if k <= len(knn.chosen)] or [knn.k]
-        for k, found in zip(ks, knn(backbone, autocast, ks)):
+        bad = data.BadImages(args.max_bad_images, len(dataset.bank))
+        for k, found in zip(ks, knn(backbone, autocast, ks, bad)):
             distributed.say(f"kNN     {found:.2f} % with k {k}, bank {len(knn.chosen):,}")
     if args.evaluate:
         classifiers = Classifiers([getattr(backbone, checkpoint.classifier_name(backbone))])
-        [found] = measure(backbone, classifiers, dataset, size, args.workers, autocast)
+        bad = data.BadImages(args.max_bad_images, len(dataset.val))
+        [found] = measure(backbone, classifiers, dataset, size, args.workers, autocast, bad)
         distributed.say(f"{in_words(*found, dataset.classes)} on {len(dataset.val):,} images")
         return
     if args.epochs:
@@ -109,7 +111,9 @@ def probe(args, dataset, backbone, setting, device, amp, autocast):
 
     classifiers = create_classifiers(args, backbone.num_features, dataset.classes).to(device)
     optimizer = create_optimizer(classifiers)
-    log = Log(folder, args, len(batches))
+    images = len(training_set)
+    bad = data.BadImages(args.max_bad_images, images, folder, resumed=bool(previous))
+    log = Log(folder, args, len(batches), bad)
     parts = dict(optimizer=optimizer, batches=batches, log=log)
     # Of each rate: the last (top-1, top-5), the best top-1 and its epoch.
     results = dict(found=[(0.0, 0.0)] * len(args.lr), best=[(0.0, 0)] * len(args.lr))
@@ -144,7 +148,7 @@ def probe(args, dataset, backbone, setting, device, amp, autocast):
             log.say(resumed(iteration, args.epochs * len(batches)))
         for done in range(epoch + 1, args.epochs + 1):
             train_one_epoch(ddp, backbone, loader, optimizer, autocast, args, log, keeper)
-            found = measure(backbone, classifiers, dataset, size, args.workers, autocast)
+            found = measure(backbone, classifiers, dataset, size, args.workers, autocast, bad)
             values = {}
             for lr, (top1, top5) in zip(args.lr, found):
                 name = f" lr {lr:g}" if len(args.lr) > 1 else ""
@@ -213,7 +217,7 @@ def create_optimizer(classifiers):
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=0.0)
 
 
-def measure(backbone, classifiers, dataset, size, workers, autocast):
+def measure(backbone, classifiers, dataset, size, workers, autocast, bad):
     """[(top-1, top-5)] in percent for each classifier."""
     device = next(backbone.parameters()).device
     classifiers.eval()
@@ -223,7 +227,7 @@ def measure(backbone, classifiers, dataset, size, workers, autocast):
             h = features(backbone, images)
         return classifiers(at_least_fp32(h))
 
-    return accuracy(classify, len(classifiers.linears), dataset.val, size, workers, device)
+    return accuracy(classify, len(classifiers.linears), dataset.val, size, workers, device, bad)
 
 
 def report(args, dataset, classifiers, found, best):

@@ -75,7 +75,9 @@ def main(args):
     optimizer = create_optimizer(args.optimizer, model, args.lr, args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     chance = 4 * args.moco_t * math.log(args.batch_size)  # 4τ·ln N
-    log = Log(folder, args, len(batches), chance)
+    images = len(dataset.train)
+    bad = data.BadImages(args.max_bad_images, images, folder, resumed=bool(previous))
+    log = Log(folder, args, len(batches), bad, chance)
     parts = dict(optimizer=optimizer, scaler=scaler, batches=batches, log=log)
     epoch = iteration = 0  # that are done
     if previous:
@@ -99,14 +101,14 @@ def main(args):
         rate=f"{args.lr:g} · {args.batch_size}/256 = {peak_lr(args):g}, {args.optimizer}",
     )
     if distributed.rank() == 0:
-        draw_views(folder, *first_views(crops, device))
+        draw_views(folder, *first_views(crops, device, bad))
 
     def get_state():
         log.check_weights(model)
         return checkpoint.training_state(about, keeper.epoch, keeper.iteration, model, **parts)
 
     def evaluate():
-        [found] = knn(model.base_encoder, autocast)
+        [found] = knn(model.base_encoder, autocast, bad=bad)
         log.evaluation(f"kNN {found:.1f} %", knn=found)
         return found
 
@@ -164,10 +166,10 @@ def create_model(args, device, amp):
     return MoCo(backbone, *heads, args.encode_chunk, args.compile).to(device)
 
 
-def first_views(crops, device):
+def first_views(crops, device, bad):
     """The first ten images, as the first epoch shows them → x1, x2, [10, 3, H, W]."""
     batch = crops.__getitems__([(0, i) for i in range(min(10, len(crops)))])
-    images, rows = next(data.checked([batch]))
+    images, rows = next(data.checked([batch], bad))
     return augment(images.flatten(0, 1).to(device), rows.flatten(0, 1)).chunk(2)
 
 

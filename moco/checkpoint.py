@@ -20,7 +20,8 @@ LAST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 # What may differ when a run continues; anything else would change its mathematics.
 MAY_CHANGE = set(
     "data data_root workers amp device encode_chunk compile output_dir resume init_from print_freq "
-    "tensorboard save_every save_minutes timeout allow_changed_args knn_every knn_bank knn".split()
+    "tensorboard save_every save_minutes timeout allow_changed_args knn_every knn_bank knn "
+    "max_bad_images".split()
 )
 
 

@@ -51,6 +51,8 @@ def shared_flags():
         "or height and width (default: its own)")  # fmt: skip
     add("-j", "--workers", type=count, default=min(8, cores()), help="data-loading processes for "
         "each training process")  # fmt: skip
+    add("--max-bad-images", type=share, default=0.001, metavar="SHARE", help="of the training "
+        "images, that may be unreadable (default: 0.001)")  # fmt: skip
     add("--epochs", type=count, default=100, help="passes over the data")
     add("-b", "--batch-size", type=positive, default=4096, help="of all processes together")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where "

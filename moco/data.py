@@ -4,24 +4,29 @@ The crop and the augmentation of image i in epoch e under seed s are a pure func
 the sampler hands out (epoch, index) pairs, so neither workers, nor ranks, nor a restart matter.
 """
 
+import io
 import os
 import signal
+import sys
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
-from torch.utils.data import ConcatDataset, DataLoader, Sampler, get_worker_info
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torchvision.transforms.v2 import functional as tv
 
 from moco import UserError, distributed, reason
 from moco.augment import COLUMNS, draw
 
 try:
-    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+    from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:  # deprecated in torchvision 0.29; PIL reads everything, more slowly
     decode_jpeg = None
 
@@ -29,6 +34,8 @@ NAMES = ("digits", "cifar10", "cifar100", "stl10", "flowers102", "pets")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 PREFETCH = 2  # batches that each worker prepares ahead
+ATTEMPTS = 32  # at an image that can be read, before a run gives up
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # PIL refuses more: a few bytes could fill the memory
 
 
 class Data(NamedTuple):
@@ -82,39 +89,74 @@ class Files:
         return decode(os.path.join(self.root, os.fsdecode(self.paths[i])))
 
 
-class Wrapped:
-    """torchvision data sets that decode when read, one after the other."""
+class Unreadable(Exception):
+    """An image that can't be read: its path, printable and on one line, and the reason."""
 
-    def __init__(self, *datasets):
-        self.images = ConcatDataset(datasets)
-        # Flowers102 and OxfordIIITPet show their labels nowhere but beside the decoded image.
-        self.labels = torch.cat([torch.as_tensor(dataset._labels) for dataset in datasets])
-
-    def __len__(self):
-        return len(self.images)
-
-    def read(self, i):
-        return tv.pil_to_tensor(self.images[i][0])
+    def __init__(self, path, reason):
+        super().__init__(path, reason)
+        self.path, self.reason = (
+            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+            for text in (path, reason)
+        )
 
 
 def decode(path):
-    """An image file → uint8 [3, H, W], RGB, upright. UserError if it can't be read."""
+    """An image file → uint8 [3, H, W], RGB, upright, alpha dropped, of several images the first.
+
+    Unreadable: damaged, cut short, of more than MOST_PIXELS, or with pixels of unknown range.
+    """
     try:
-        if decode_jpeg and path.lower().endswith((".jpg", ".jpeg")):
-            try:
-                data = read_file(path)
-                return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
-            except RuntimeError:
-                pass  # PIL reads some that it doesn't, and says better what is wrong
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            if image.mode == "F":
-                raise ValueError("pixels are floats, whose range is unknown")
-            return tv.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+        data = bytearray(Path(path).read_bytes())
+        if data.startswith(b"\xff\xd8"):
+            frame, pixels = _jpeg_frame(data)
+            # Zeros at the end, as an interrupted copy leaves them, would come out gray.
+            if data.rfind(b"\xff\xd9") < frame:
+                raise ValueError("the end of the JPEG is missing")
+            if decode_jpeg and pixels <= MOST_PIXELS:
+                try:
+                    view = torch.frombuffer(data, dtype=torch.uint8)
+                    return decode_jpeg(view, ImageReadMode.RGB, apply_exif_orientation=True)
+                except RuntimeError:
+                    pass  # PIL says better what is wrong
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PIL merely warns about, it reads
+            return _decode_by_pil(data)
+    except UnidentifiedImageError:
+        raise Unreadable(path, "no image of a known format") from None
     except Exception as error:  # PIL raises nearly anything on a broken file
-        message = f"unreadable image {path}: {reason(error)}"
-        raise UserError(message, code=1, everywhere=True) from None
+        raise Unreadable(path, getattr(error, "strerror", None) or reason(error)) from None
+
+
+def _decode_by_pil(data):
+    # From its bytes: from a path, PIL misreads uncompressed TIFFs that are to be turned.
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode == "F":
+            raise ValueError("pixels are floats, whose range is unknown")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+            pixels = np.asarray(image)
+            if pixels.min() < 0 or pixels.max() > 65535:
+                raise ValueError("pixels are 32-bit integers, whose range is unknown")
+            image = Image.fromarray((pixels / 257).astype(np.uint8))
+        return tv.pil_to_tensor(image.convert("RGB"))
+
+
+def _jpeg_frame(data):
+    """A JPEG's bytes → where its frame header is, pixels that it announces (ITU T.81, B.1, B.2.2).
+
+    Without a frame header that can be found: 0, infinitely many.
+    """
+    data, at = memoryview(data), 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = data[at + 5 : at + 7], data[at + 7 : at + 9]
+            return at, int.from_bytes(height, "big") * int.from_bytes(width, "big")
+        else:
+            at += 2 + length
+    return 0, float("inf")
 
 
 def load_data(where, data_root="data"):
@@ -227,11 +269,16 @@ def _torchvision(name, data_root, download):
                 datasets.Flowers102(data_root, split, download=download)
                 for split in ("train", "val", "test")
             )
-            train, val, classes = Wrapped(train, more), Wrapped(val), 102
+            paths = train._image_files + more._image_files
+            train = Files("", paths, train._labels + more._labels)
+            val, classes = Files("", val._image_files, val._labels), 102
         elif name == "pets":
             train, val = (
-                Wrapped(datasets.OxfordIIITPet(data_root, split, download=download))
-                for split in ("trainval", "test")
+                Files("", dataset._images, dataset._labels)
+                for dataset in (
+                    datasets.OxfordIIITPet(data_root, split, download=download)
+                    for split in ("trainval", "test")
+                )
             )
             classes = 37
         else:
@@ -310,8 +357,9 @@ class EpochBatches(Sampler):
 class TwoCrops:
     """A batch of (epoch, index) → crops uint8 [2, N, 3, H, W], parameters float32 [2, N, COLUMNS].
 
-    size: (H, W) in pixels; crop_min: the smallest share of the area that a crop keeps. Returns a
-    UserError in place of the batch: raised here, it would reach the user inside two tracebacks.
+    size: (H, W) in pixels; crop_min: the smallest share of the area that a crop keeps. `checked`
+    unpacks what is returned: Flawed where images could not be read; a UserError, because raised
+    here it would reach the user inside two tracebacks.
     A worker's batch is overwritten two steps after it was asked for: clone what must stay longer.
     """
 
@@ -321,18 +369,19 @@ class TwoCrops:
 
     def __getitems__(self, keys):
         crops = self._memory(2, len(keys), *self.size, 3).permute(0, 1, 4, 2, 3)
-        rows = np.empty((2, len(keys), COLUMNS), np.float32)
+        rows, bad = np.empty((2, len(keys), COLUMNS), np.float32), {}
         for n, (epoch, index) in enumerate(keys):
             rng = np.random.default_rng((self.seed, epoch, index))
             try:
-                image = self.source.read(index)
+                image, _ = readable(self.source, (self.seed, epoch, index), bad)
             except UserError as error:
                 return error
             for view in range(2):
                 box = crop_box(rng, *image.shape[1:], self.crop_min)
                 crops[view, n] = resized_crop(image, box, self.size)
                 rows[view, n] = draw(rng, view)
-        return crops, torch.from_numpy(rows)
+        batch = crops, torch.from_numpy(rows)
+        return Flawed(batch, bad) if bad else batch
 
     def _memory(self, *shape):
         """uint8 of that shape. In a worker it is shared and used in turns: fresh pages for every
@@ -349,6 +398,30 @@ class TwoCrops:
 
     def __len__(self):
         return len(self.source)
+
+
+def readable(source, key, bad):
+    """The image of key = (seed, epoch, index), and its index; or another one and its index in place
+    of one that can't be read, which goes into `bad`: path → reason.
+
+    The other one is a pure function of the key. UserError if one after the other can't be read.
+    """
+    index, first = key[-1], None
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            rng = np.random.default_rng((*key, 1 + attempt))  # from 2: 1 is the epoch's order
+            index = int(rng.integers(len(source)))
+        try:
+            return source.read(index), index
+        except Unreadable as error:
+            bad[error.path] = error.reason
+            first = first or error
+    raise UserError(
+        f"unreadable image {first.path}: {first.reason}; and so was each of {ATTEMPTS - 1} that "
+        "were drawn in its place",
+        code=1,
+        everywhere=True,
+    )
 
 
 def crop_box(rng, height, width, crop_min):
@@ -383,26 +456,29 @@ class LabelledCrop:
         self.source, self.size, self.crop_min, self.seed = source, size, crop_min, seed
 
     def __getitems__(self, keys):
+        bad = {}
         try:
-            crops = torch.stack([self._crop(*key) for key in keys])
+            crops, shown = zip(*(self._crop(epoch, index, bad) for epoch, index in keys))
         except UserError as error:
             return error
-        return crops, self.source.labels[[index for _, index in keys]]
+        batch = torch.stack(crops), self.source.labels[list(shown)]
+        return Flawed(batch, bad) if bad else batch
 
-    def _crop(self, epoch, index):
+    def _crop(self, epoch, index, bad):
         rng = np.random.default_rng((self.seed, epoch, index))
-        image = self.source.read(index)
+        image, shown = readable(self.source, (self.seed, epoch, index), bad)
         crop = resized_crop(image, crop_box(rng, *image.shape[1:], self.crop_min), self.size)
-        return crop.flip(-1) if rng.random() < 0.5 else crop
+        return crop.flip(-1) if rng.random() < 0.5 else crop, shown
 
     def __len__(self):
         return len(self.source)
 
 
 class CentreCrop:
-    """A batch of indices → uint8 [N, 3, H, W], without augmentation.
+    """A batch of indices → uint8 [N, 3, H, W], without augmentation; which of the indices, [N].
 
     As in the linear protocol, resized to 256/224 of `size` and cut; an image of `size` stays as is.
+    Nothing takes the place of what can't be read: N is smaller, and what is returned is Flawed.
     """
 
     def __init__(self, source, size, interpolation="bilinear"):
@@ -410,14 +486,24 @@ class CentreCrop:
         self.interpolation = tv.InterpolationMode(interpolation)
 
     def __getitems__(self, indices):
-        try:
-            return torch.stack([self._view(self.source.read(i)) for i in indices])
-        except UserError as error:
-            return error
+        views, shown, bad = [], [], {}
+        for n, i in enumerate(indices):
+            try:
+                views.append(self._view(self.source.read(i)))
+                shown.append(n)
+            except Unreadable as error:
+                bad[error.path] = error.reason
+        views = torch.stack(views) if views else torch.empty(0, 3, *self.size, dtype=torch.uint8)
+        batch = views, torch.tensor(shown, dtype=torch.long)
+        return Flawed(batch, bad) if bad else batch
 
     def _view(self, image):
         if image.shape[1:] == self.size:
             return image
+        # Of a strip the middle: the rest would be enlarged first, to gigabytes maybe, and cut then.
+        (height, width), (h, w) = image.shape[1:], self.size
+        most = max(1, 16 * width * h // w), max(1, 16 * height * w // h)
+        image = tv.center_crop(image, [min(height, most[0]), min(width, most[1])])
         scale = max(s * 256 / 224 / side for s, side in zip(self.size, image.shape[1:]))
         # Down, as torchvision's Resize has it; 1e-6 for 255.999….
         resized = [max(s, int(side * scale + 1e-6)) for s, side in zip(self.size, image.shape[1:])]
@@ -456,9 +542,88 @@ def _outlive_signals(worker):
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))  # seconds
 
 
-def checked(batches):
-    """Yields them; a UserError that a worker sent in place of one is raised."""
+class Flawed(NamedTuple):
+    """A batch, and what could not be read for it: path → reason."""
+
+    batch: object
+    bad: dict
+
+
+def checked(batches, bad=None):
+    """Yields them. What could not be read goes to `bad`, BadImages, and is an error without it; a
+    UserError that a worker sent in place of a batch is raised."""
     for batch in batches:
+        if isinstance(batch, Flawed):
+            if bad is None:
+                path, why = next(iter(batch.bad.items()))
+                raise UserError(f"unreadable image {path}: {why}", code=1, everywhere=True)
+            bad.news |= batch.bad
+            batch = batch.batch
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+class BadImages:
+    """The images that can't be read, each once: a count, a limit, a list in folder/bad_images.txt.
+
+    share: so much of `images`, a number, may be bad. A resumed run goes on with the list that it
+    finds. Without a folder each is told on stderr.
+    """
+
+    def __init__(self, share, images, folder=None, resumed=False):
+        self.share, self.images = share, images
+        self.path = None if folder is None else Path(folder, "bad_images.txt")
+        self.say = print  # on rank 0
+        self.found, self.news = {}, {}  # path → reason: of all ranks; of this one, not told yet
+        if self.path and distributed.rank() == 0:
+            if resumed and self.path.exists():
+                lines = self.path.read_text(encoding="utf-8").splitlines()
+                self.news = dict(line.split("\t", 1) for line in lines if "\t" in line)
+            else:
+                self.path.unlink(missing_ok=True)
+
+    def meet(self):
+        """All ranks together: what each has found since is told. UserError if that is too much."""
+        everyone = [self.news]
+        if distributed.world() > 1:
+            everyone = [None] * distributed.world()
+            dist.all_gather_object(everyone, self.news)
+        new = {
+            path: why for news in everyone for path, why in news.items() if path not in self.found
+        }
+        first = not self.found
+        self.found, self.news = self.found | new, {}
+        if not new:
+            return
+        if distributed.rank() == 0:
+            self._tell(new, first)
+        allowed = int(self.share * self.images + 1e-6)  # .29 · 100 is 28.999…
+        if len(self.found) > allowed:
+            some = ", ".join(f"{path} ({why})" for path, why in list(self.found.items())[:3])
+            raise UserError(
+                f"{self._count()}, --max-bad-images {self.share:g} allows {allowed} of "
+                f"{self.images:,}: {some}{', …' * (len(self.found) > 3)}"
+                + (f"; all are listed in {self.path}" if self.path else ""),
+                code=1,
+            )
+
+    def _tell(self, new, first):
+        if not self.path:
+            for path, why in new.items():
+                print(f"unreadable image {path}: {why}", file=sys.stderr, flush=True)
+            return
+        temporary = self.path.with_suffix(".tmp")
+        lines = (f"{path}\t{why}\n" for path, why in self.found.items())
+        with suppress(OSError):  # a full disk is told when the run is saved
+            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.replace(self.path)
+        if first:
+            path, why = next(iter(new.items()))
+            self.say(f"unreadable image {path}: {why}; such are left out and listed in {self.path}")
+
+    def __str__(self):
+        return f"{self._count()} left out: {self.path}"
+
+    def _count(self):
+        return f"{len(self.found):,} unreadable image{'s' * (len(self.found) > 1)}"

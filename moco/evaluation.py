@@ -13,22 +13,35 @@ from moco import data
 from moco.augment import normalize
 from moco.builder import features, unit
 from moco.distributed import rank, world
+from moco.keeper import check_signals
 
 BATCH = 256  # images of one forward pass on one rank
 KNN_T = 0.07  # temperature of the votes (Wu et al. 2018, arXiv 1805.01978)
 
 
-def batches(source, chosen, size, workers, device, **crop):
-    """This rank's batches of the images `chosen` → positions in `chosen` [n], normalised images."""
+def batches(source, chosen, size, workers, device, bad=None, **crop):
+    """This rank's batches of the images `chosen` → positions in `chosen` [n], normalised images.
+
+    What can't be read is in none of them and goes to `bad`, data.BadImages; without it that is an
+    error.
+    """
     # Starting workers takes longer than to hand over what is in memory already.
     workers = 0 if isinstance(source, data.Arrays) else workers
-    shares = torch.arange(len(chosen)).split(BATCH)[rank() :: world()]
+    shares = torch.arange(len(chosen)).split(BATCH)
+    rounds = -(-len(shares) // world())  # of the ranks with the most
+    shares = shares[rank() :: world()]
     loader = data.create_loader(
         data.CentreCrop(source, size, **crop), [chosen[s] for s in shares], workers, device
     )
-    for share, images in zip(shares, data.checked(loader)):
-        images = images.to(device, non_blocking=device.type == "cuda")
-        yield share, normalize(images.float() / 255)
+    for share, (images, shown) in zip(shares, data.checked(loader, bad)):
+        if len(shown):
+            images = images.to(device, non_blocking=device.type == "cuda")
+            yield share[shown], normalize(images.float() / 255)
+        check_signals()
+    if len(shares) < rounds:
+        check_signals()
+    if bad:
+        bad.meet()
 
 
 def everyone(x):
@@ -39,15 +52,16 @@ def everyone(x):
 
 
 @torch.no_grad()
-def accuracy(classify, heads, source, size, workers, device, **crop):
+def accuracy(classify, heads, source, size, workers, device, bad=None, **crop):
     """Accuracy of several classifiers in one pass over labelled images → [(top-1, top-5)], in %.
 
     classify: normalised images [n, 3, H, W] → logits [n, classes] of each of the `heads`. With
-    fewer than 5 classes top-5 is 100. `crop` goes to data.CentreCrop.
+    fewer than 5 classes top-5 is 100. An image that can't be read counts as not recognised. `crop`
+    goes to data.CentreCrop.
     """
     right = torch.zeros(heads, 2, dtype=torch.long, device=device)
     chosen = torch.arange(len(source))
-    for share, images in batches(source, chosen, size, workers, device, **crop):
+    for share, images in batches(source, chosen, size, workers, device, bad, **crop):
         labels = source.labels[share].to(device)[:, None]
         for head, logits in enumerate(classify(images)):
             hits = logits.topk(min(5, logits.shape[1])).indices == labels
@@ -71,7 +85,8 @@ class KNN:
     """Weighted kNN accuracy of an encoder's features on held-out images (paper Sec. 4, Fig. 1).
 
     bank: at most `bank_size` training images, the same ones each time, un-augmented. k: 200 for a
-    bank of 10,000 and more, 20 for a smaller one.
+    bank of 10,000 and more, 20 for a smaller one. What can't be read is left out of the bank, and
+    counts as not recognised among the held-out images.
     """
 
     def __init__(self, dataset, size, bank_size, workers, device):
@@ -82,22 +97,28 @@ class KNN:
         self.labels = dataset.bank.labels[self.chosen].to(device)
 
     @torch.no_grad()
-    def __call__(self, encoder, autocast, ks=None):
+    def __call__(self, encoder, autocast, ks=None, bad=None):
         """encoder, a context for its forward pass → accuracy in percent for each k of ks."""
         ks = ks or [self.k]
         training = encoder.training
         encoder.eval()
         bank = torch.zeros(len(self.chosen), encoder.num_features, device=self.labels.device)
-        for share, images in batches(self.data.bank, self.chosen, *self.where):
+        read = torch.zeros_like(self.labels, dtype=torch.long)
+        for share, images in batches(self.data.bank, self.chosen, *self.where, bad):
             with autocast():
                 bank[share] = unit(features(encoder, images))
+            read[share] = 1
         bank = everyone(bank)  # each row is of one rank, and 0 on the others
+        labels, read = self.labels, everyone(read).bool()
+        if not read.all():
+            bank, labels = bank[read], labels[read]
+        ks = [min(k, len(bank)) for k in ks]
 
         val, right = self.data.val, torch.zeros(len(ks), dtype=torch.long, device=bank.device)
-        for share, images in batches(val, torch.arange(len(val)), *self.where):
+        for share, images in batches(val, torch.arange(len(val)), *self.where, bad):
             with autocast():
                 queries = unit(features(encoder, images))
-            answers = knn(queries, bank, self.labels, self.data.classes, ks)  # [n, len(ks)]
+            answers = knn(queries, bank, labels, self.data.classes, ks)  # [n, len(ks)]
             right += (answers == val.labels[share].to(bank.device)[:, None]).sum(0)
         encoder.train(training)
         return [100 * n / len(val) for n in everyone(right).tolist()]

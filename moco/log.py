@@ -19,11 +19,12 @@ class Log:
     """Collects scalars on the device and reads them every `print_freq` steps: one wait, not many.
 
     Lines of log.jsonl are of two kinds: training, averaged since the line before, and what an
-    evaluation measured. `epoch_steps`: steps of an epoch; `chance`: the loss of a blind guess,
-    where it is worth showing. As a context it writes; its state is a part of the checkpoint.
+    evaluation measured. `epoch_steps`: steps of an epoch; `bad`: data.BadImages; `chance`: the loss
+    of a blind guess, where it is worth showing. As a context it writes; its state is a part of the
+    checkpoint.
     """
 
-    def __init__(self, folder, args, epoch_steps, chance=None):
+    def __init__(self, folder, args, epoch_steps, bad, chance=None):
         self.folder, self.epoch_steps, self.batch_size = Path(folder), epoch_steps, args.batch_size
         self.epochs, self.print_freq = args.epochs, args.print_freq
         self.tensorboard = args.tensorboard
@@ -36,11 +37,14 @@ class Log:
         self.timed_steps = 0
         self.drawn = 0.0
         self.unwritten = b""
+        self.bad = bad
+        bad.say = self.say
         self.speaks = rank() == 0
         self.file = self.board = self.bar = None
 
     def state_dict(self):
         """Where it stands, with what no line says yet; all ranks together."""
+        self.bad.meet()
         pending = self._values() if self.pending else torch.zeros(0, 0)
         return dict(
             steps=self.steps, rows=self.rows, names=self.names, pending=pending,
@@ -74,6 +78,8 @@ class Log:
         return self
 
     def __exit__(self, *_):
+        if self.bad.found:
+            self.say(self.bad)
         for end in (self.bar, self.board, self.file):
             if end:
                 end.close()
@@ -89,7 +95,7 @@ class Log:
         """The loader's batches; the time spent waiting for them is counted."""
         self.since, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
         asked = time.perf_counter()
-        for batch in checked(loader):
+        for batch in checked(loader, self.bad):
             self.waited += time.perf_counter() - asked
             yield batch
             asked = time.perf_counter()
@@ -119,6 +125,7 @@ class Log:
         self.pending, self.waited, self.since, self.timed_steps = [], 0.0, now, 0
         if self.bar:
             self.bar.set_postfix_str(self._short())
+        self.bad.meet()
 
     def _values(self):
         """What is pending, averaged over the ranks: [steps, scalars]. Waits for the device."""

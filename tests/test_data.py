@@ -2,7 +2,9 @@
 
 import hashlib
 import pickle
+import struct
 import time
+import zlib
 from itertools import chain
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torchvision.transforms.v2 import functional as tv
 
 from moco import UserError, distributed
 from moco.data import (
@@ -128,10 +131,11 @@ def test_crops_have_the_recipes_area_and_ratio():
 
 def test_centre_crop_resizes_by_256_over_224_and_keeps_what_fits():
     images = torch.arange(3 * 16 * 16).view(1, 3, 16, 16).to(torch.uint8)
-    assert torch.equal(CentreCrop(Arrays(images), (16, 16)).__getitems__([0]), images)
+    assert torch.equal(CentreCrop(Arrays(images), (16, 16)).__getitems__([0])[0], images)
     wide = Arrays(torch.zeros(2, 3, 100, 400, dtype=torch.uint8))
-    assert CentreCrop(wide, (56, 56)).__getitems__([0, 1]).shape == (2, 3, 56, 56)
-    assert CentreCrop(wide, (32, 64)).__getitems__([0]).shape == (1, 3, 32, 64)
+    crops, shown = CentreCrop(wide, (56, 56)).__getitems__([0, 1])
+    assert crops.shape == (2, 3, 56, 56) and shown.tolist() == [0, 1]
+    assert CentreCrop(wide, (32, 64)).__getitems__([0])[0].shape == (1, 3, 32, 64)
 
 
 def test_class_folders(image_file, tmp_path):
@@ -170,53 +174,176 @@ def test_folder_without_val_has_no_knn(image_file, tmp_path):
         load_data(str(tmp_path))
 
 
+# What cameras and programs write, which is merely unusual.
+
+Y, X = np.mgrid[:40, :60]
+PICTURE = np.stack([6 * Y, 4 * X, 2 * (Y + X)], -1).astype(np.uint8)
+RAMP = np.linspace(0, 65535, 2400).astype(np.uint16).reshape(40, 60)
+
+
+def pixels(path):
+    image = decode(str(path))
+    assert image.dtype == torch.uint8 and len(image) == 3
+    return image.permute(1, 2, 0).numpy()
+
+
 @pytest.mark.parametrize(
     "name, mode, save",
     [
-        ("a.jpg", "RGB", {}),
-        ("gray.jpg", "L", {}),
-        ("cmyk.jpg", "CMYK", {}),
-        ("progressive.jpg", "RGB", {"progressive": True}),
         ("a.png", "RGB", {}),
-        ("palette.png", "P", {}),
+        ("gray.png", "L", {}),
+        ("black_and_white.png", "1", {}),
         ("alpha.png", "RGBA", {}),
-        ("a.webp", "RGB", {}),
-        ("a.gif", "RGB", {}),
+        ("gray_alpha.png", "LA", {}),
+        ("palette.png", "P", {}),
+        ("clear_colour.png", "P", {"transparency": 3}),
+        ("clear_colours.png", "P", {"transparency": bytes(range(0, 256, 2))}),
+        ("a.webp", "RGB", {"lossless": True}),
+        ("alpha.webp", "RGBA", {"lossless": True, "exact": True}),
+        ("a.gif", "P", {}),
+        ("animated.gif", "P", {"save_all": True, "append_images": [Image.new("P", (60, 40), 9)]}),
         ("a.tiff", "RGB", {}),
+        ("lzw.tiff", "RGB", {"compression": "tiff_lzw"}),
+        ("cmyk.tiff", "CMYK", {}),
         ("a.bmp", "RGB", {}),
+        ("a.ppm", "RGB", {}),
+        ("a.pgm", "L", {}),
+        ("png_by_nature.jpg", "RGB", {"format": "PNG"}),
     ],
 )
-def test_decodes_what_cameras_and_programs_write(image_file, name, mode, save):
-    path = image_file(name, mode=mode, **save)
-    image = decode(str(path))
-    assert image.shape == (3, 40, 60) and image.dtype == torch.uint8
-    expected = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-    assert (image.float() - expected.float()).abs().mean() < 3  # two JPEG decoders
+def test_lossless_formats_give_the_pixels_that_were_saved(tmp_path, name, mode, save, recwarn):
+    image = Image.fromarray(PICTURE)
+    image = image.quantize(128) if mode == "P" else image.convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(Y.astype(np.uint8)))  # at the top nothing can be seen
+    image.save(tmp_path / name, **save)
+    recwarn.clear()
+    assert np.array_equal(pixels(tmp_path / name), np.asarray(image.convert("RGB")))
+    assert all(w.category is DeprecationWarning for w in recwarn)  # torchvision's, of itself
 
 
-def test_16_bits_a_pixel_keep_their_range(tmp_path):
-    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    for name in ("ramp.png", "ramp.tiff"):
-        Image.fromarray(ramp).save(tmp_path / name)
-        image = decode(str(tmp_path / name))
-        assert image.shape == (3, 8, 8) and image.min() == 0 and image.max() == 255
-        assert (image[0].float() - torch.from_numpy(ramp / 257)).abs().max() < 1
+def without_adobe(data):
+    """A JPEG's bytes without the marker that says how its colours are meant."""
+    at = data.index(b"\xff\xee")
+    return data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
 
 
-def test_photographs_come_upright(image_file):
+def as_ycck(data):
+    at = data.index(b"Adobe")
+    return data[: at + 11] + b"\x02" + data[at + 12 :]
+
+
+@pytest.mark.parametrize(
+    "mode, save, change",
+    [
+        ("RGB", {}, None),
+        ("RGB", {"subsampling": 0, "quality": 95}, None),
+        ("RGB", {"progressive": True}, None),
+        ("L", {}, None),
+        ("CMYK", {}, None),  # inverted, as Adobe has it
+        ("CMYK", {}, without_adobe),
+        ("CMYK", {}, as_ycck),
+    ],
+)
+def test_jpegs_are_read_as_pil_reads_them(tmp_path, mode, save, change):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(PICTURE).convert(mode).save(path, **save)
+    if change:
+        path.write_bytes(change(path.read_bytes()))
+    with Image.open(path) as image:
+        assert image.mode == mode
+        expected = np.asarray(image.convert("RGB")).astype(int)
+    assert np.abs(pixels(path) - expected).max() <= 2  # two decoders
+    if mode != "L" and not change:
+        assert np.abs(pixels(path) - PICTURE.astype(int)).mean() < 6
+
+
+UPRIGHT = {  # EXIF's orientation: what undoes it
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_photographs_come_upright(tmp_path, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90°
-    for name in ("turned.jpg", "turned.png"):
-        assert decode(str(image_file(name, exif=exif))).shape == (3, 60, 40)
+    exif[0x0112] = orientation
+    picture, ramp = Image.fromarray(PICTURE), Image.fromarray(RAMP)
+    gray = picture.convert("L")
+    for name, image in (
+        ("a.jpg", picture), ("a.png", picture), ("16.png", ramp),
+        ("a.webp", picture), ("a.tif", picture), ("gray.tif", gray), ("16.tif", ramp),
+    ):  # fmt: skip
+        image.save(tmp_path / name)
+        lying = pixels(tmp_path / name)
+        image.save(tmp_path / name, exif=exif)
+        assert np.array_equal(pixels(tmp_path / name), UPRIGHT[orientation](lying)), name
 
 
-def test_unreadable_image_reaches_the_main_process_as_one_line(tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no image")
-    source = load_data(str(tmp_path)).train
-    loader = create_loader(TwoCrops(source, (8, 8), 0.2, 0), [[(0, 0)]], 1, CPU)
-    (error,) = loader
-    assert isinstance(error, UserError) and "broken.jpg" in str(error)
-    assert "\n" not in str(error)
+def png_of_16_bits(colours):
+    """[h, w, 1, 2, 3 or 4] uint16 → the bytes of a PNG, which PIL can't write."""
+
+    def chunk(name, data):
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    height, width, channels = colours.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bits_a_colour_keep_their_range(tmp_path, channels):
+    deep = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1], RAMP], -1)[..., :channels]
+    (tmp_path / "a.png").write_bytes(png_of_16_bits(deep))
+    expected = deep[..., :3] if channels > 2 else deep[..., :1]
+    assert np.abs(pixels(tmp_path / "a.png") - expected / 257).max() < 1
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bit_tiffs_keep_their_range(tmp_path, order):
+    Image.fromarray(RAMP.astype(f"{order}u2")).save(tmp_path / "a.tiff")
+    found = pixels(tmp_path / "a.tiff")
+    assert np.abs(found - RAMP[..., None] / 257).max() < 1 and found.max() == 255
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 3000), (3000, 1)])
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_points_and_strips_are_read_and_cropped(image_file, tmp_path, height, width, kind):
+    path = image_file(f"images/a.{kind}", height, width)
+    assert np.abs(pixels(path) - np.asarray(Image.open(path)).astype(int)).max() <= 2
+    source = load_data(str(tmp_path / "images")).train
+    crops, _ = TwoCrops(source, (224, 224), 0.08, 0).__getitems__([(0, 0)])
+    assert crops.shape == (2, 1, 3, 224, 224)
+    began = time.perf_counter()
+    assert CentreCrop(source, (224, 224)).__getitems__([0])[0].shape == (1, 3, 224, 224)
+    assert time.perf_counter() - began < 1  # not by way of 256 × 768,000 pixels
+
+
+@pytest.mark.parametrize("height, width, size", [(9, 400, (32, 32)), (400, 9, (32, 16))])
+def test_of_a_strip_the_middle_is_seen(height, width, size):
+    picture = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    (found,), _ = CentreCrop(Arrays(picture[None]), size).__getitems__([0])
+    scale = max(s * 256 / 224 / side for s, side in zip(size, (height, width)))
+    resized = [max(s, int(side * scale)) for s, side in zip(size, (height, width))]
+    expected = tv.center_crop(tv.resize(picture, resized, antialias=True), size)
+    assert (found.float() - expected.float()).abs().mean() < 20  # noise of another place: 60
+    other = expected.roll(8, 1 if height > width else 2)
+    assert (found.float() - other.float()).abs().mean() > 40
 
 
 # The published sets, in their own formats, three images large.
@@ -353,7 +480,7 @@ def test_repeated_augmentation_shows_fewer_images_with_other_numbers():
 def test_bicubic_and_bilinear_views_differ():
     image = torch.randint(0, 256, (1, 3, 50, 40), dtype=torch.uint8)
     views = [
-        CentreCrop(Arrays(image), (16, 16), name).__getitems__([0])
+        CentreCrop(Arrays(image), (16, 16), name).__getitems__([0])[0]
         for name in ("bilinear", "bicubic")
     ]
     assert views[0].shape == views[1].shape and not torch.equal(*views)

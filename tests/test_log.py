@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from moco import UserError
+from moco.data import BadImages
 from moco.log import Log, draw_curves, draw_views, read_rows, versions
 
 
 def log(folder):
     args = SimpleNamespace(epochs=2, batch_size=4, print_freq=4, tensorboard=False)
-    return Log(folder, args, epoch_steps=10, chance=5.5)
+    return Log(folder, args, epoch_steps=10, bad=BadImages(0.001, 100), chance=5.5)
 
 
 def train(run, first, last):
