@@ -91,7 +91,7 @@ def main(args):
         for k, found in zip(ks, knn(backbone, autocast, ks)):
             cli.say(f"kNN     {found:.2f} % with k {k}, bank {len(knn.chosen):,}")
     if args.evaluate:
-        classifiers = Classifiers([getattr(backbone, checkpoint.classifier_name(backbone))])
+        classifiers = Classifiers([backbone.get_submodule(backbone.classifier_name)])
         [found] = measure(backbone, classifiers, dataset, size, args.workers, autocast)
         cli.say(f"{in_words(*found, dataset.classes)} on {len(dataset.val):,} images")
         return
@@ -154,7 +154,7 @@ def probe(args, dataset, backbone, setting, device, amp, autocast):
         report(args, dataset, classifiers, found, best)
         step = args.epochs * len(batches)
         for lr, classifier, (top1, _) in zip(args.lr, classifiers.folded(), best):
-            setattr(backbone, checkpoint.classifier_name(backbone), classifier)
+            backbone.set_submodule(backbone.classifier_name, classifier)
             extra = about | dict(best_acc1=top1)
             state = checkpoint.training_state(extra, args.epochs, step, backbone)
             checkpoint.save(folder, state, name=f"linear_lr{lr:g}.pth")
