@@ -28,10 +28,10 @@ from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
 from moco import UserError, checkpoint, cli, data, distributed, evaluation
+from moco.backbones import Classifier, check_precision
 from moco.keeper import Keeper, resumed
 from moco.log import Log, describe, introduce
 from moco.optimizer import descend
-from vits import check_precision
 
 
 def parse_args(argv=None):
@@ -197,19 +197,19 @@ def train_one_epoch(
 def create_model(args, classes, device, amp):
     """The backbone, all of it trainable (patch projection, position too), and a new classifier."""
     model, setting = checkpoint.create_downstream(args, drop_path=args.drop_path)
-    check_precision(setting["arch"], setting["img_size"], device, amp)
+    check_precision(model, setting["img_size"], device, amp)
     model.requires_grad_(True)
-    classifier = nn.Linear(model.num_features, classes)
+    classifier = Classifier(model.num_features, classes)
     nn.init.trunc_normal_(classifier.weight, std=0.02)
     nn.init.zeros_(classifier.bias)
-    setattr(model, checkpoint.classifier_name(model), classifier)
+    model.set_submodule(model.classifier_name, classifier)
     return distributed.synchronize_batchnorm(model, device).to(device), setting
 
 
 def create_optimizer(args, model, arch):
     """AdamW; timm leaves norms, biases, class token and position embedding without decay."""
     if args.layer_decay is not None and not hasattr(model, "group_matcher"):
-        raise UserError(f"--layer-decay is for ViTs, and {arch} is none: drop it")
+        raise UserError(f"--layer-decay is for ViTs and timm's models, not {arch}: drop it")
     return create_optimizer_v2(
         model,
         opt="adamw",

@@ -91,7 +91,7 @@ def main(args):
         for k, found in zip(ks, knn(backbone, autocast, ks, bad)):
             distributed.say(f"kNN     {found:.2f} % with k {k}, bank {len(knn.chosen):,}")
     if args.evaluate:
-        classifiers = Classifiers([getattr(backbone, checkpoint.classifier_name(backbone))])
+        classifiers = Classifiers([backbone.get_submodule(backbone.classifier_name)])
         bad = data.BadImages(args.max_bad_images, len(dataset.val))
         [found] = measure(backbone, classifiers, dataset, size, args.workers, autocast, bad)
         distributed.say(f"{in_words(*found, dataset.classes)} on {len(dataset.val):,} images")
@@ -162,7 +162,7 @@ def probe(args, dataset, backbone, setting, device, amp, autocast):
     if distributed.rank() == 0:
         report(args, dataset, classifiers, **results)
         for lr, classifier, (top1, _) in zip(args.lr, classifiers.folded(), results["best"]):
-            setattr(backbone, checkpoint.classifier_name(backbone), classifier)
+            backbone.set_submodule(backbone.classifier_name, classifier)
             extra = about | dict(best_acc1=top1)
             state = checkpoint.training_state(extra, keeper.epoch, keeper.iteration, backbone)
             checkpoint.save(folder, state, name=f"linear_lr{lr:g}.pth")

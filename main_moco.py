@@ -17,12 +17,12 @@ import torch
 
 from moco import checkpoint, cli, data, distributed
 from moco.augment import Views, augment
+from moco.backbones import check_precision, create_backbone
 from moco.builder import MoCo
 from moco.evaluation import KNN
 from moco.keeper import Keeper, resumed
 from moco.log import Log, describe, draw_views, introduce
 from moco.optimizer import cosine_momentum, create_optimizer, descend, set_lr, warmup_cosine
-from vits import check_precision, create_backbone
 
 
 def parse_args(argv=None):
@@ -88,9 +88,7 @@ def main(args):
     distributed.check_agreement(device, images=len(dataset.train), steps=iteration)
     ddp = distributed.parallel(model, device)
 
-    about = describe(
-        args, device, amp, arch=args.arch, img_size=args.img_size, patch_size=args.patch_size
-    )
+    about = describe(args, device, amp, **backbone_setting(args))
     parameters = sum(p.numel() for p in model.parameters())
     introduce(
         folder,
@@ -157,10 +155,16 @@ def peak_lr(args):
     return args.lr * args.batch_size / 256
 
 
+def backbone_setting(args):
+    """What a checkpoint must say for the backbone to be created again."""
+    names = ("arch", "img_size", "patch_size", "small_stem")
+    return {name: getattr(args, name) for name in names}
+
+
 def create_model(args, device, amp):
-    check_precision(args.arch, args.img_size, device, amp)
     torch.manual_seed(args.seed)  # the same weights on every rank
-    backbone = create_backbone(args.arch, args.img_size, args.patch_size, args.stop_grad_conv1)
+    backbone = create_backbone(**backbone_setting(args), stop_grad_conv1=args.stop_grad_conv1)
+    check_precision(backbone, args.img_size, device, amp)
     backbone = distributed.synchronize_batchnorm(backbone, device)
     heads = (args.moco_dim, args.moco_mlp_dim, args.moco_t)
     return MoCo(backbone, *heads, args.encode_chunk, args.compile).to(device)

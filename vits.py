@@ -1,18 +1,13 @@
-"""The backbones: MoCo v3's ViTs on timm's VisionTransformer, and torchvision's ResNets by name.
+"""MoCo v3's ViTs, on timm's VisionTransformer; moco/backbones.py creates them by name.
 
-    from vits import create_backbone
-    vit = create_backbone("vit_small", img_size=224, stop_grad_conv1=True)
-    vit.forward_head(vit.forward_features(x), pre_logits=True)         # class token, [N, 384]
-
-`create_backbone(arch)` comes without a classifier: `vit.head` and `resnet.fc` are Identity.
+vit = VisionTransformer(img_size=224, stop_grad_conv1=True, **VITS["vit_small"])
+vit.forward_head(vit.forward_features(x), pre_logits=True)         # class token, [N, 384]
 """
 
-import difflib
 import math
 from functools import partial
 
 import torch
-import torchvision
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
@@ -32,11 +27,6 @@ VITS = {
     "vit_conv_small": dict(embed_dim=384, depth=11, num_heads=12, conv_stem=True),
     "vit_conv_base": dict(embed_dim=768, depth=11, num_heads=12, conv_stem=True),
 }
-RESNETS = tuple(
-    name
-    for name in torchvision.models.list_models(module=torchvision.models)
-    if name.startswith(("resnet", "resnext", "wide_resnet"))
-)
 
 
 class VisionTransformer(TimmViT):
@@ -45,6 +35,8 @@ class VisionTransformer(TimmViT):
     x: [N, in_chans, H, W], (H, W) = img_size, each a multiple of patch_size. `stop_grad_conv1`
     leaves the patch projection at its random initialisation: the cure for instability, Sec. 4.3.
     """
+
+    classifier_name = "head"
 
     def __init__(
         self, img_size=224, patch_size=16, stop_grad_conv1=False, conv_stem=False, **kwargs
@@ -124,57 +116,31 @@ def init_linear(linear, matrices=1):
     nn.init.zeros_(linear.bias)
 
 
-def create_backbone(arch, img_size=224, patch_size=None, stop_grad_conv1=False, drop_path=0.0):
-    """A backbone without classifier by its `-a` name; what a flag can't act on is refused.
-
-    img_size, patch_size: an int or (height, width), in pixels; patch_size None: the arch's own.
-    drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
-    """
-    if arch in VITS:
-        config = dict(VITS[arch])
-        conv_stem = config.get("conv_stem", False)
-        if conv_stem and stop_grad_conv1:
-            raise UserError(f"--stop-grad-conv1 has no patch projection to fix in {arch}: drop it")
-        patch = pair(patch_size or config.get("patch_size", 16))
-        config["patch_size"] = patch
-        if conv_stem and patch not in ((2, 2), (4, 4), (8, 8), (16, 16), (32, 32)):
-            raise UserError(f"each layer of {arch}'s stem halves: --patch-size 2, 4, 8, 16 or 32")
-        if any(side % p for side, p in zip(pair(img_size), patch)):
-            raise UserError(
-                f"an image of {size_text(img_size)} can't be cut into patches of "
-                f"{size_text(patch)}: --img-size must be a multiple of --patch-size"
-            )
-        return VisionTransformer(
-            pair(img_size), stop_grad_conv1=stop_grad_conv1, drop_path_rate=drop_path, **config
-        )
-
-    if arch in RESNETS:
-        if stop_grad_conv1:
-            raise UserError(f"--stop-grad-conv1 is for ViTs, and {arch} is none: drop it")
-        if patch_size:
-            raise UserError(f"--patch-size is for ViTs, and {arch} is none: drop it")
-        if drop_path:
-            raise UserError(f"--drop-path is for ViTs, and {arch} is none: --drop-path 0")
-        resnet = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
-        resnet.num_features = resnet.fc.in_features  # timm's name for it
-        resnet.fc = nn.Identity()
-        return resnet
-
-    names = [*VITS, *RESNETS]
-    near = difflib.get_close_matches(arch, names, n=1, cutoff=0)[0]
-    raise UserError(f"unknown arch {arch!r}, did you mean {near!r}? Known: {' '.join(names)}")
+def create_vit(arch, img_size, patch_size, stop_grad_conv1, drop_path, in_chans):
+    """A VisionTransformer by its name in VITS; arguments as in moco.backbones.create_backbone."""
+    config = dict(VITS[arch])
+    conv_stem = config.get("conv_stem", False)
+    if conv_stem and stop_grad_conv1:
+        raise UserError(f"--stop-grad-conv1 has no patch projection to fix in {arch}: drop it")
+    config["patch_size"] = patch = pair(patch_size or config.get("patch_size", 16))
+    if conv_stem and patch not in ((2, 2), (4, 4), (8, 8), (16, 16), (32, 32)):
+        raise UserError(f"each layer of {arch}'s stem halves: --patch-size 2, 4, 8, 16 or 32")
+    check_patches(img_size, patch)
+    return VisionTransformer(
+        pair(img_size),
+        stop_grad_conv1=stop_grad_conv1,
+        drop_path_rate=drop_path,
+        in_chans=in_chans,
+        **config,
+    )
 
 
-def check_precision(arch, img_size, device, amp):
-    """UserError where torch's gradients are wrong: ResNets of tiny images, on a CPU, in bf16.
-
-    Taps of a 3×3 kernel with stride 2 that lie on padding alone (the last stage's first input is
-    1 pixel wide) get uninitialised memory as their gradient, in torch 2.6 as in 2.15.
-    """
-    if amp and device.type == "cpu" and arch in RESNETS and min(pair(img_size)) <= 16:
+def check_patches(img_size, patch_size):
+    """UserError unless whole patches make up the image."""
+    if any(side % p for side, p in zip(pair(img_size), patch_size)):
         raise UserError(
-            "torch's bf16 gradients on a CPU are wrong for ResNets at 16 pixels or less: --amp "
-            "off, or a larger --img-size"
+            f"an image of {size_text(img_size)} can't be cut into patches of "
+            f"{size_text(patch_size)}: --img-size must be a multiple of --patch-size"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 
 import main_lincls
 from moco import distributed
-from vits import create_backbone
+from moco.backbones import create_backbone
 
 
 def main():

@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # of every kind
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from moco import UserError
@@ -14,7 +15,7 @@ from moco.distributed import ViewBatchNorm, at_least_fp32, gather, rank
 class MoCo(nn.Module):
     """base_encoder = backbone + projector, momentum_encoder = its moving average, predictor.
 
-    `backbone` comes without a classifier; the projector takes the classifier's place (`fc` in a
+    `backbone` as moco.backbones creates it; the projector takes the classifier's place (`fc` in a
     ResNet, `head` in a ViT), so that the keys of the state_dict are the published ones.
     `encode_chunk` > 0: so many views go through a backbone at a time, and what its backward pass
     needs is computed again there; heads and loss see the whole batch, the gradient is the same.
@@ -25,26 +26,22 @@ class MoCo(nn.Module):
         self.T, self.encode_chunk = T, encode_chunk
         self.features = torch.compile(features) if compile else features
         # BatchNorm must see one view at a time; without it both go through in one batch.
-        batchnorm = nn.modules.batchnorm._BatchNorm
-        self.one_pass = not any(isinstance(m, batchnorm) for m in backbone.modules())
+        self.one_pass = not any(isinstance(m, BatchNorm) for m in backbone.modules())
         if encode_chunk and not self.one_pass:
             raise UserError(
                 "--encode-chunk is for backbones without BatchNorm, which would see the chunk "
                 "instead of the batch: drop it, or lower --batch-size"
             )
 
-        d = backbone.num_features
-        if hasattr(backbone, "fc"):  # two layers, and no BN after the predictor
-            backbone.fc = mlp([d, mlp_dim, dim])
-            self.predictor = mlp([dim, mlp_dim, dim], last_bn=False)
-        else:
-            backbone.head = mlp([d, mlp_dim, mlp_dim, dim])
-            self.predictor = mlp([dim, mlp_dim, dim])
+        resnet_form = ends_in_batchnorm(backbone)  # two layers, and no BN after the predictor
+        widths = [backbone.num_features, *[mlp_dim] * (1 if resnet_form else 2), dim]
+        backbone.set_submodule(backbone.classifier_name, mlp(widths))
+        self.predictor = mlp([dim, mlp_dim, dim], last_bn=not resnet_form)
         self.base_encoder = backbone
         self.momentum_encoder = copy.deepcopy(backbone).requires_grad_(False)  # f_k = f_q at first
 
     def forward(self, x1, x2):
-        """x1, x2: [N, 3, H, W] → loss, {"top1", "spread"}; scalars on the device.
+        """x1, x2: [N, in_chans, H, W] → loss, {"top1", "spread"}; scalars on the device.
 
         Algorithm 1 up to the loss, the two terms as one batch of views; changes no weight. The loss
         is this rank's mean over its 2N queries, against the keys of all ranks. With encode_chunk,
@@ -61,7 +58,7 @@ class MoCo(nn.Module):
         return loss1 + loss2, {"top1": (top1 + top2) / 2, "spread": spread(h.detach())}
 
     def encode(self, encoder, x1, x2):
-        """Backbone features of both views: [N, 3, H, W] twice → [2, N, d]."""
+        """Backbone features of both views: [N, in_chans, H, W] twice → [2, N, d]."""
         if self.encode_chunk:
             return torch.stack([self.encode_in_chunks(encoder, x) for x in (x1, x2)])
         # On a CPU a large batch pays for its buffers more than it gains.
@@ -112,9 +109,19 @@ def mlp(dims, last_bn=True):
     return nn.Sequential(*layers)
 
 
+def ends_in_batchnorm(backbone):
+    """Whether the last norm is a BatchNorm, as in ResNet, RegNet, MobileNet: heads as for a ResNet.
+
+    Else as for a ViT: with or without a convolutional stem it ends in a LayerNorm, as does Swin.
+    """
+    norms = (BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    last = [m for m in backbone.modules() if isinstance(m, norms)][-1:]
+    return any(isinstance(m, BatchNorm) for m in last)
+
+
 def projector(encoder):
     """What stands where the classifier stood."""
-    return encoder.fc if hasattr(encoder, "fc") else encoder.head
+    return encoder.get_submodule(encoder.classifier_name)
 
 
 def features(encoder, x):
@@ -125,7 +132,7 @@ def features(encoder, x):
     if hasattr(encoder, "forward_features"):  # timm
         return encoder.forward_head(encoder.forward_features(x), pre_logits=True)
     for name, layer in encoder.named_children():  # torchvision's ResNet, in the order of its layers
-        if name != "fc":
+        if name != encoder.classifier_name:
             x = layer(x)
     return x.flatten(1)
 

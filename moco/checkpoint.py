@@ -1,5 +1,6 @@
 """Checkpoints: written atomically, read without running code, in the published layout."""
 
+import math
 import os
 import shutil
 import sys
@@ -9,11 +10,10 @@ from pathlib import Path
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from torch import nn
 
 from moco import UserError, reason
+from moco.backbones import Classifier, create_backbone
 from moco.distributed import largest, say
-from vits import create_backbone
 
 LAST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 
@@ -233,10 +233,14 @@ def load_model(model, checkpoint, path):
     expected = model.state_dict()
     if hasattr(model, "momentum_encoder"):
         _refuse_without(state, "momentum_encoder", path)
-    for key in state.keys() & expected.keys():
-        # The position table is fixed, and another image size has its own, of equal length or not.
-        if key.endswith(".pos_embed") and hasattr(model, "momentum_encoder"):
-            state[key] = expected[key]
+        backbone = model.base_encoder
+        for key in ("base_encoder.pos_embed", "momentum_encoder.pos_embed"):
+            if key not in state or key not in expected:
+                continue
+            if backbone.pos_embed.requires_grad:  # learned
+                state[key] = _resample_position(state[key], backbone, checkpoint)
+            else:  # another image size has its own, of equal length or not
+                state[key] = expected[key]
     _fit(model, state, checkpoint, path)
 
 
@@ -245,9 +249,9 @@ def create_downstream(args, classes=None, weights="state_dict", **kwargs):
 
     `classes` None: base_encoder of a pre-training checkpoint, without a classifier. A number: the
     backbone and classifier that a linear probe or fine-tuning left, under the key `weights`. The
-    setting is a dict of arch, img_size and patch_size: the checkpoint's own, unless args say
-    otherwise; a ViT's position table is interpolated to fit. --from-scratch: random weights in the
-    same backbone. kwargs go to create_backbone.
+    setting is a dict of arch, img_size, patch_size and small_stem: the checkpoint's own, unless
+    args say otherwise; a ViT's position table is interpolated to fit. --from-scratch: random
+    weights in the same backbone. kwargs go to create_backbone.
     """
     path = args.pretrained
     checkpoint = load(path) if path else {"arch": args.arch}
@@ -260,6 +264,7 @@ def create_downstream(args, classes=None, weights="state_dict", **kwargs):
         arch=arch,
         img_size=args.img_size or checkpoint.get("img_size", (224, 224)),
         patch_size=args.patch_size or checkpoint.get("patch_size"),
+        small_stem=args.small_stem or checkpoint.get("small_stem", False),
     )
     model = create_backbone(**setting, **kwargs)
     if args.from_scratch:
@@ -267,7 +272,7 @@ def create_downstream(args, classes=None, weights="state_dict", **kwargs):
     if weights not in checkpoint:
         raise UserError(f"{path} holds no {weights!r}")
 
-    state, name = _without_prefix(checkpoint[weights]), classifier_name(model)
+    state, name = _without_prefix(checkpoint[weights]), model.classifier_name
     pretraining = {
         key.removeprefix("base_encoder."): value
         for key, value in state.items()
@@ -282,28 +287,36 @@ def create_downstream(args, classes=None, weights="state_dict", **kwargs):
             raise UserError(f"{path} has no classifier to evaluate: train one without --evaluate")
         if len(weight) != classes:
             raise UserError(f"{path} knows {len(weight)} classes, the images have {classes}")
-        setattr(model, name, nn.Linear(model.num_features, classes))
+        model.set_submodule(name, Classifier(model.num_features, classes))
 
-    table = state.get("pos_embed")
-    if table is not None:
-        patch, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
-        old = checkpoint.get("img_size")  # None: timm takes a square
-        old = old and tuple(side // p for side, p in zip(old, patch))
-        if old not in (None, grid) or table.shape != model.state_dict()["pos_embed"].shape:
-            state["pos_embed"] = resample_abs_pos_embed(table, grid, old)
+    if "pos_embed" in state:
+        state["pos_embed"] = _resample_position(state["pos_embed"], model, checkpoint)
     _fit(model, state, checkpoint, path)
     return model, setting
 
 
-def classifier_name(model):
-    """`fc` in a ResNet, `head` in a ViT."""
-    return "fc" if hasattr(model, "fc") else "head"
-
-
 def num_heads(model):
-    """Attention heads of a ViT or of the encoders of a MoCo; None where there are none."""
-    blocks = getattr(getattr(model, "base_encoder", model), "blocks", None)
-    return blocks[0].attn.num_heads if blocks else None
+    """Attention heads of a backbone, in its first block, or of a MoCo's; None without attention."""
+    modules = getattr(model, "base_encoder", model).modules()
+    return next((m.num_heads for m in modules if hasattr(m, "num_heads")), None)
+
+
+def _resample_position(table, backbone, checkpoint):
+    """A ViT's position table, [1, cells, d] or more with prefix tokens, made for another grid.
+
+    Tables of other forms stay as they are: they fit at the same size alone.
+    """
+    own, patches = getattr(backbone, "pos_embed", None), getattr(backbone, "patch_embed", None)
+    if table.ndim != 3 or own is None or not hasattr(patches, "grid_size"):
+        return table
+    patch, grid = patches.patch_size, patches.grid_size
+    old = checkpoint.get("img_size")  # None: timm takes a square
+    old = old and tuple(side // p for side, p in zip(old, patch))
+    if old in (None, grid) and table.shape == own.shape:
+        return table
+    # timm's ViTs with registers have no row for any prefix token, ours one for the class token.
+    prefix = own.shape[1] - math.prod(grid)
+    return resample_abs_pos_embed(table, grid, old, num_prefix_tokens=prefix)
 
 
 def _without_prefix(state):

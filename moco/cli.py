@@ -44,11 +44,14 @@ def shared_flags():
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
     add("data", metavar="DIR", help=f"folder of images, or one of: {' '.join(NAMES)}")
-    add("-a", "--arch", default="resnet50", help="vits.py lists them")
+    add("-a", "--arch", default="resnet50", help="a ViT of vits.py, a ResNet of torchvision, or "
+        "timm/NAME")  # fmt: skip
     add("--img-size", type=side, nargs="+", default=(224, 224), action=Size, metavar="PIXELS",
         help="side, or height and width")  # fmt: skip
     add("--patch-size", type=side, nargs="+", action=Size, metavar="PIXELS", help="of a ViT, side "
         "or height and width (default: its own)")  # fmt: skip
+    add("--small-stem", action="store_true", help="of a ResNet, for small images: 3×3 convolution "
+        "with stride 1, no max-pooling")  # fmt: skip
     add("-j", "--workers", type=count, default=min(8, cores()), help="data-loading processes for "
         "each training process")  # fmt: skip
     add("--max-bad-images", type=share, default=0.001, metavar="SHARE", help="of the training "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timm.layers import set_fused_attn
+from timm.layers import convert_sync_batchnorm, set_fused_attn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -222,28 +222,35 @@ class ViewBatchNorm(nn.BatchNorm1d):
             self.num_batches_tracked += 1
 
 
-class _BatchNorm2d(ViewBatchNorm):
-    """The same for images on backends other than NCCL: [N, C, H, W], one view."""
+class _BackboneBatchNorm(ViewBatchNorm):
+    """The same for a backbone's on devices other than CUDA: [N, C, …], one view."""
+
+    def __init__(self, bn):
+        super().__init__(bn.num_features, bn.eps, bn.momentum, bn.affine)
+        for name, part in bn.named_children():  # timm's have an activation inside
+            self.add_module(name, part)
+        self.load_state_dict(bn.state_dict())
 
     def forward(self, x):
-        rows = x.movedim(1, -1)  # [N, H, W, C]
-        return super().forward(rows.flatten(0, 2)[None]).view(rows.shape).movedim(-1, 1)
+        rows = x.movedim(1, -1)  # [N, …, C]
+        x = super().forward(rows.flatten(0, -2)[None]).view(rows.shape).movedim(-1, 1)
+        for part in self.children():
+            x = part(x)
+        return x
 
 
 def synchronize_batchnorm(module, device):
-    """Every BatchNorm2d in `module` made to see the batch of all ranks; one process: unchanged.
+    """Every BatchNorm in `module` made to see the batch of all ranks; one process: unchanged.
 
     On CUDA that is nn.SyncBatchNorm; elsewhere ours, slower, with the same mathematics.
     """
     if world() == 1:
         return module
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return convert_sync_batchnorm(module)  # timm's keeps its activations, torch's drops them
     for name, child in list(module.named_modules()):
-        if isinstance(child, nn.BatchNorm2d):
-            synced = _BatchNorm2d(child.num_features, child.eps, child.momentum, child.affine)
-            synced.load_state_dict(child.state_dict())
-            module.set_submodule(name, synced)
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            module.set_submodule(name, _BackboneBatchNorm(child))
     return module
 
 

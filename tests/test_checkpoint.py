@@ -8,8 +8,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 
 from moco import UserError, checkpoint
+from moco.backbones import create_backbone
 from moco.builder import MoCo
-from vits import create_backbone
 
 
 def nano(**kwargs):
@@ -40,7 +40,7 @@ def test_a_position_table_of_another_grid_is_resampled(tmp_path):
     wide = MoCo(create_backbone("vit_nano", (16, 64), 4), dim=32, mlp_dim=64)
     path = saved(tmp_path, wide, img_size=(16, 64))
     args = SimpleNamespace(pretrained=path, arch=None, img_size=(32, 32), patch_size=None,
-                           from_scratch=False)  # fmt: skip
+                           small_stem=False, from_scratch=False)  # fmt: skip
     square, _ = checkpoint.create_downstream(args)
     table = wide.base_encoder.pos_embed
     assert square.pos_embed.shape == table.shape  # 4×16 cells and 8×8

@@ -5,9 +5,9 @@ import contextlib
 import torch
 from torch import nn
 
+from moco.backbones import create_backbone
 from moco.data import Arrays, Data, load_data
 from moco.evaluation import KNN, knn
-from vits import create_backbone
 
 
 def test_knn_matches_the_formula():

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from moco import UserError
+from moco.backbones import create_backbone
 from moco.builder import MoCo, features
-from vits import create_backbone, sincos_position_embedding
+from vits import sincos_position_embedding
 
 
 @pytest.mark.parametrize("rows, columns, dim", [(14, 14, 384), (3, 5, 32)])

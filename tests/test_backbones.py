@@ -1,0 +1,310 @@
+"""Every backbone by its name: timm's families, small stems, channels; through the real scripts."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from test_distributed import CPU, on_two_ranks
+from timm.layers import BatchNormAct2d, resample_abs_pos_embed
+from torch import nn
+from torchvision.models import resnet18
+
+from moco import UserError, checkpoint, distributed
+from moco.backbones import Classifier, check_precision, create_backbone
+from moco.builder import MoCo, ends_in_batchnorm, features
+
+KINDS = {
+    "resnet": "-a resnet18 --img-size 8 --small-stem",
+    "convnext": "-a timm/convnext_atto --img-size 32 --encode-chunk 4",
+    "swin": "-a timm/swin_tiny_patch4_window7_224 --img-size 16 --patch-size 2 --stop-grad-conv1",
+    "registers": "-a timm/vit_wee_patch16_reg1_gap_256 --img-size 16 24 --patch-size 8",
+    "mobilenet": "-a timm/mobilenetv3_small_050 --img-size 32",
+}
+HEADS = {  # where the projector stands, the layers that have weights, a BN after the predictor
+    "resnet": ("fc", {0, 1, 3}, False),
+    "convnext": ("head.fc", {0, 1, 3, 4, 6}, True),
+    "swin": ("head.fc", {0, 1, 3, 4, 6}, True),
+    "registers": ("head", {0, 1, 3, 4, 6}, True),
+    "mobilenet": ("classifier", {0, 1, 3}, False),
+}
+PRETRAIN = (
+    "--batch-size 8 --optimizer adamw --lr 1e-2 --epochs 1 --warmup-epochs 0 --moco-dim 8 "
+    "--moco-mlp-dim 16 --knn-every 1 --workers 0 --device cpu --amp off"
+).split()
+PROBE = "--batch-size 8 --epochs 1 --workers 0 --device cpu --amp off".split()
+TUNE = f"{' '.join(PROBE)} --warmup-epochs 0 --layer-decay 0.7 --drop-path 0.2".split()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes of 8 images to train on, two steps of 8; 3 each to validate."""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 3)):
+        for name in "ab":
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+def run(script, name, *argv):
+    code, out, err = script(name, *argv)
+    assert code == 0, err
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_five_kinds_are_pretrained_and_probed(script, tmp_path, images, kind):
+    path, out = tmp_path / "pre" / "checkpoint.pth", tmp_path / "probe"
+    args = [*PRETRAIN, *KINDS[kind].split(), "--output-dir", path.parent]
+    run(script, "main_moco.py", images, *args)
+    content = checkpoint.load(path)
+    state = content["state_dict"]
+    assert content["iteration"] == 2 and content["arch"] == KINDS[kind].split()[1]
+    assert all(value.isfinite().all() for value in state.values())
+
+    place, layers, last_bn = HEADS[kind]
+    prefix = f"module.base_encoder.{place}."
+    found = {key[len(prefix) :] for key in state if key.startswith(prefix)}
+    assert {int(key.split(".")[0]) for key in found if key.endswith("weight")} == layers
+    assert ("module.predictor.4.running_mean" in state) == last_bn
+
+    assert "linear  top-1" in run(
+        script, "main_lincls.py", images, *PROBE, "--pretrained", path, "--output-dir", out
+    )
+    probed = checkpoint.load(out / "linear_lr0.1.pth")
+    assert probed["state_dict"][f"module.{place}.weight"].shape[0] == 2
+    for key, value in probed["state_dict"].items():
+        if not key.startswith(f"module.{place}."):
+            before = state[key.replace("module.", "module.base_encoder.")]
+            assert torch.equal(value, before), f"{key} is not the pre-trained one"
+
+    argv = ["--pretrained", out / "linear_lr0.1.pth", "--evaluate", "--device", "cpu"]
+    assert "on 6 images" in run(script, "main_lincls.py", images, *argv)
+
+
+def test_a_timm_vit_is_tuned_at_another_size(script, tmp_path, images):
+    path, out = tmp_path / "pre" / "checkpoint.pth", tmp_path / "tuned"
+    args = [*PRETRAIN, *KINDS["registers"].split(), "--output-dir", path.parent]
+    run(script, "main_moco.py", images, *args)
+    args = ["--pretrained", path, "--img-size", 32, "--output-dir", out]
+    assert "tuned   top-1" in run(script, "main_finetune.py", images, *TUNE, *args)
+    argv = ["--pretrained", out / "best.pth", "--evaluate", "--device", "cpu"]
+    assert "on 6 images" in run(script, "main_finetune.py", images, *argv)
+
+
+# The smallest of its family, where that is small; 64 pixels.
+FAMILIES = """
+    cait_xxs24_224 coat_tiny convit_tiny convnext_atto convnextv2_atto cs3darknet_focus_s
+    cspnext_tiny deit_tiny_patch16_224 densenet121 dla46x_c dpn48b edgenext_xx_small
+    efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 gcvit_xxtiny
+    ghostnet_050 gmlp_ti16_224 hardcorenas_b hgnetv2_b0 hrnet_w18_small iformer_t
+    inception_next_atto lcnet_035 legacy_seresnet18 mixnet_s mnasnet_small mobilenetv3_small_050
+    mobilenetv4_conv_small mobileone_s1 mobilevit_xxs mobilevitv2_050 nest_tiny nf_regnet_b0
+    pit_ti_224 poolformer_s12 pvt_v2_b0 regnetx_002 repghostnet_050 repvgg_a0 resnest14d resnet10t
+    resnetv2_18 rexnet_100 shvit_s1 skresnet18 starnet_s050 swinv2_cr_tiny_224 tf_efficientnet_b0
+    tiny_vit_5m_224 visformer_tiny vit_tiny_patch16_224 vit_tiny_r_s16_p8_224
+    vit_wee_patch16_reg1_gap_256 ese_vovnet19b_slim_dw xcit_nano_12_p8_224
+""".split()
+REFUSED = {
+    "halonet_h1": "makes no features of 64×64 pixels",
+    "inception_v3": "makes no features of 64×64 pixels",
+    "deit_tiny_distilled_patch16_224": "several classifiers",
+    "efficientformer_l1": "several classifiers",
+    "levit_128s": "several classifiers",
+    "crossvit_tiny_240": "several classifiers",
+}
+# timm 1.0.3 can't give the features before the classifier, or removes the pooling with it.
+OLD_REFUSED = {"densenet121", "efficientvit_b0", "efficientvit_m0", "ghostnet_050", "hgnetv2_b0",
+               "repghostnet_050", "tiny_vit_5m_224"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *REFUSED])
+def test_families_of_timm_give_features_or_are_refused(name):
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    if name in REFUSED:
+        with pytest.raises(UserError, match=REFUSED[name]):
+            create_backbone(f"timm/{name}", 64)
+        return
+    size = 56 if "patch14" in name else 64
+    try:
+        backbone = create_backbone(f"timm/{name}", size)
+    except UserError:
+        assert name in OLD_REFUSED
+        return
+    x = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        h = features(backbone, x)
+        assert h.shape == (2, backbone.num_features)
+        assert torch.equal(h, features(backbone, x)), "something is random in training mode"
+        h = features(backbone.eval(), x)
+        torch.testing.assert_close(backbone(x), h)
+        backbone.set_submodule(backbone.classifier_name, Classifier(backbone.num_features, 5))
+        classifier = backbone.get_submodule(backbone.classifier_name)
+        assert torch.equal(features(backbone, x), h)
+        torch.testing.assert_close(backbone(x), classifier(h))
+
+
+@pytest.mark.parametrize(
+    "arch, resnet_form",
+    [
+        ("resnet18", True),
+        ("timm/gcresnet50t", True),  # LayerNorms inside its blocks
+        ("vit_conv_nano", False),
+        ("timm/resnet50_gn", False),
+        ("timm/nf_regnet_b0", False),  # without any norm
+    ],
+)
+def test_the_last_norm_decides_the_form_of_the_heads(arch, resnet_form):
+    assert ends_in_batchnorm(create_backbone(arch, 64)) == resnet_form
+
+
+def test_small_stem_is_torchvisions_resnet_with_another_first_layer():
+    ours = create_backbone("resnet18", 32, small_stem=True).eval()
+    theirs = resnet18()
+    theirs.conv1, theirs.maxpool, theirs.fc = (
+        nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Sequential(), nn.Sequential(),
+    )  # fmt: skip
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(features(ours, x), theirs.eval()(x))
+    # He et al.'s initialisation, as torchvision's: N(0, 2/fan-out)
+    assert ours.conv1.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_nano", "vit_conv_nano", "timm/convnext_atto"])
+@pytest.mark.parametrize("in_chans", [1, 5])
+def test_any_number_of_channels(arch, in_chans):
+    model = MoCo(create_backbone(arch, 32, in_chans=in_chans), 8, 16)
+    loss, _ = model(*torch.rand(2, 4, in_chans, 32, 32))
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_a_learned_position_table_is_trained_and_loaded():
+    def model(size):
+        backbone = create_backbone("timm/vit_wee_patch16_reg1_gap_256", size, 8)
+        return MoCo(backbone, 8, 16)
+
+    small, same, large = model((16, 64)), model((16, 64)), model((32, 32))
+    assert small.base_encoder.pos_embed.requires_grad
+    content = dict(state_dict=small.state_dict(), img_size=(16, 64))
+    checkpoint.load_model(same, content, "x.pth")
+    checkpoint.load_model(large, content, "x.pth")
+    for encoder in ("base_encoder", "momentum_encoder"):
+        table, equal, other = (getattr(m, encoder).pos_embed for m in (small, same, large))
+        assert torch.equal(equal, table)
+        assert other.shape == table.shape  # 2×8 cells and 4×4, no row for the class token
+        expected = resample_abs_pos_embed(table, (4, 4), (2, 8), num_prefix_tokens=0)
+        torch.testing.assert_close(other, expected, rtol=0, atol=0)
+
+
+def test_flags_act_on_timms_models():
+    vit = create_backbone("timm/vit_wee_patch16_reg1_gap_256", 32, 8, stop_grad_conv1=True)
+    fixed = {name for name, p in vit.named_parameters() if not p.requires_grad}
+    assert fixed == {"patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert vit.patch_embed.grid_size == (4, 4)
+    rates = [
+        m.drop_prob
+        for m in create_backbone("timm/convnext_atto", 32, drop_path=0.3).modules()
+        if hasattr(m, "drop_prob")
+    ]
+    assert max(rates) == pytest.approx(0.3) and min(rates) < 0.3
+    assert checkpoint.num_heads(vit) == 4
+    assert checkpoint.num_heads(create_backbone("timm/mobilenetv3_small_050", 32)) is None
+
+
+@pytest.mark.parametrize(
+    "arch, kwargs, words",
+    [
+        ("timm/convnext_tinny", {}, "did you mean 'timm/convnext_tiny'"),
+        ("convnext_tiny", {}, "did you mean 'timm/convnext_tiny'"),
+        ("resnet5", {}, "did you mean 'resnet50'"),
+        ("timm/vit_nano", {}, "did you mean 'timm/"),
+        ("hf-hub:timm/resnet18", {}, "unknown arch"),
+        ("timm/resnet18.a1_in1k", {}, "names weights, but they begin at random: -a timm/resnet18"),
+        ("timm/resnet10t", dict(patch_size=8), "--patch-size does not act on timm/resnet10t"),
+        ("timm/pvt_v2_b0", dict(patch_size=8), "--patch-size does not act"),
+        ("timm/densenet121", dict(drop_path=0.1), "densenet121"),
+        ("timm/resnet10t", dict(stop_grad_conv1=True), "no patch projection to fix"),
+        ("timm/vit_tiny_r_s16_p8_224", dict(stop_grad_conv1=True), "no patch projection"),
+        ("timm/resnet10t", dict(small_stem=True), "--small-stem is for torchvision's ResNets"),
+        ("vit_nano", dict(small_stem=True), "--small-stem is for torchvision's ResNets"),
+        ("timm/vit_tiny_patch16_224", dict(img_size=100), "can't be cut into patches of 16×16"),
+        ("timm/nest_tiny", dict(img_size=(96, 64)), "can't build timm/nest_tiny"),
+        ("timm/convit_tiny", dict(img_size=(96, 64)), "makes no features of 96×64 pixels"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(arch, kwargs, words):
+    with pytest.raises(UserError, match=words) as refused:
+        create_backbone(arch, **dict(img_size=64) | kwargs)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "arch, size, small_stem, refused",
+    [
+        ("resnet18", 16, False, True),
+        ("resnet18", 32, False, False),
+        ("resnet18", 16, True, False),
+        ("resnet18", 4, True, True),
+        ("timm/resnet10t", 16, False, True),
+        ("timm/mobilenetv3_small_050", 32, False, False),
+        ("vit_nano", 16, False, False),
+    ],
+)
+def test_maps_narrower_than_a_stride_are_refused_in_bf16_on_a_cpu(arch, size, small_stem, refused):
+    backbone = create_backbone(arch, size, small_stem=small_stem)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    check_precision(backbone, size, CPU, None)
+    check_precision(backbone, size, torch.device("cuda"), torch.bfloat16)
+    if refused:
+        with pytest.raises(UserError, match="bf16 gradients on a CPU are wrong"):
+            check_precision(backbone, size, CPU, torch.bfloat16)
+    else:
+        check_precision(backbone, size, CPU, torch.bfloat16)
+    assert backbone.training and not any(m._forward_hooks for m in backbone.modules())
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def batchnorms():
+    """BatchNorm2d with an activation inside, as timm has it, and BatchNorm1d of [N, C]."""
+    conv = nn.Conv2d(2, 5, 3)
+    act = BatchNormAct2d(5, act_layer=nn.PReLU, inplace=False)
+    return nn.Sequential(conv, act, nn.Flatten(), nn.Linear(20, 3), nn.BatchNorm1d(3)).double()
+
+
+def timms_batchnorm(rank):
+    theirs = batchnorms()
+    ours = batchnorms()
+    ours.load_state_dict(theirs.state_dict())
+    ours = distributed.synchronize_batchnorm(ours, CPU).double()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    whole = torch.randn(8, 2, 4, 4, dtype=torch.float64)
+    for _ in range(2):
+        expected, found = theirs(whole), ours(whole.chunk(2)[rank])
+        torch.testing.assert_close(found, expected.chunk(2)[rank])
+        found.square().sum().backward()
+        expected.square().sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(distributed.average(p.grad) * 2, q.grad, msg=name)
+    for ours_buffer, theirs_buffer in zip(ours.buffers(), theirs.buffers()):
+        torch.testing.assert_close(ours_buffer, theirs_buffer)
+
+
+def test_batchnorms_of_timm_on_two_ranks_equal_the_whole_batch():
+    on_two_ranks(timms_batchnorm)
+
+
+def test_synchronized_on_cuda_they_keep_their_activations(monkeypatch):
+    model = batchnorms().eval()
+    x = torch.randn(8, 2, 4, 4, dtype=torch.float64)
+    expected = model(x)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    synced = distributed.synchronize_batchnorm(model, torch.device("cuda")).eval()
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in synced.modules()) == 2
+    torch.testing.assert_close(synced(x), expected)
