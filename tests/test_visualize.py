@@ -131,6 +131,11 @@ def test_without_val_an_image_is_no_neighbour_of_its_own(pretrained, tmp_path, p
     assert_readable(figure)
 
 
+def test_a_single_image_has_no_neighbours(pretrained, tmp_path, image_file):
+    with pytest.raises(UserError, match="a single image has no neighbours"):
+        draw("neighbours", pretrained, tmp_path / "n.png", where=image_file("one/1.png").parent)
+
+
 def test_captions_of_neighbours_fit(pretrained, tmp_path, photographs):
     for k in (1, 8):
         flags = ["-k", k, "--images", "3", "--knn-bank", "9"]

@@ -9,7 +9,8 @@ there are any `labels` int64 [n] and `classes`, the names of the class folders. 
 that don't fit in memory, holds the features alone (np.load with mmap_mode="r"), and
 FILE.index.npz beside it the rest.
 
-The same line again continues a run that was interrupted, on any number of processes.
+The same line again continues a run that was interrupted, on any number of processes; until all is
+there, the parts lie in FILE.npz.parts/.
 """
 
 import argparse
@@ -96,7 +97,8 @@ def main(args):
         cli.say(f"continuing: {done} of {done + len(todo)} parts are done")
     try:
         if todo:
-            chosen = torch.cat([torch.arange(len(source)).split(BATCH)[n] for n in todo])
+            shares = torch.arange(len(source)).split(BATCH)
+            chosen = torch.cat([shares[n] for n in todo])
             for share, h in embed(model, source, chosen, setting["img_size"], args, device, amp):
                 with replacing(parts / part_name(chosen[share[0]] // BATCH)) as file:
                     np.save(file, h.cpu().numpy())
@@ -181,18 +183,19 @@ def part_name(number):
 
 def assemble(out, beside, parts, index):
     """Parts → the file, or the two. `out` comes last: where it is, all is."""
-    pieces = [np.load(path, mmap_mode="r") for path in sorted(parts.glob("*.npy"))]
+    paths = sorted(parts.glob("*.npy"))
     if out == beside:
-        index = dict(features=np.concatenate(pieces)) | index
+        index = dict(features=np.concatenate([np.load(path) for path in paths])) | index
     with replacing(beside) as file:
         np.savez(file, **index)
-    if out != beside:
-        shape = (sum(map(len, pieces)), pieces[0].shape[1])
-        header = dict(descr=pieces[0].dtype.str, fortran_order=False, shape=shape)
+    if out != beside:  # one part in memory at a time
+        first = np.load(paths[0])
+        shape = len(index["paths"]), first.shape[1]
+        header = dict(descr=first.dtype.str, fortran_order=False, shape=shape)
         with replacing(out) as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for piece in pieces:
-                file.write(piece.tobytes())
+            for path in paths:
+                file.write(np.load(path).tobytes())
     shutil.rmtree(parts)
 
 
@@ -200,7 +203,7 @@ def refuse_other(path, read_about, about):
     """UserError unless `path` was made from the same images by the same model."""
     try:
         found = json.loads(read_about())
-    except (OSError, ValueError, KeyError):
+    except Exception:  # whatever a foreign file provokes
         raise UserError(
             f"{path} was not written by this tool, or not where this host sees it: choose another "
             "--out"

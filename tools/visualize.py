@@ -58,6 +58,8 @@ def main(args):
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can't write {args.out}: {error.strerror}") from None
+    if not os.access(args.out.parent, os.W_OK):
+        raise UserError(f"can't write {args.out}: {args.out.parent} is read-only")
     {"attention": attention, "neighbours": neighbours, "curves": curves}[args.picture](args)
     print(args.out)
 
@@ -123,6 +125,9 @@ def neighbours(args):
     source = dataset.val or bank
     chosen = spread_out(source, args.images)
     size_of_bank = min(args.knn_bank or len(bank), len(bank))
+    k = min(args.k, size_of_bank - (source is bank))  # an image is no neighbour of its own
+    if k == 0:
+        raise UserError(f"{args.data}: a single image has no neighbours")
     searched = torch.arange(size_of_bank) * len(bank) // size_of_bank  # as for the kNN
     model, setting = load_model(args, device)
 
@@ -131,9 +136,9 @@ def neighbours(args):
         return torch.cat([unit(h) for _, h in found])
 
     similarity = (embedded(source, chosen) @ embedded(bank, searched).T).cpu()  # [n, bank]
-    if source is bank:  # an image is no neighbour of its own
+    if source is bank:
         similarity[chosen[:, None] == searched] = -torch.inf
-    similarity, nearest = similarity.topk(min(args.k, size_of_bank - (source is bank)))  # [n, k]
+    similarity, nearest = similarity.topk(k)  # [n, k]
     nearest = searched[nearest]
 
     size = setting["img_size"]
