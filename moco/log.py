@@ -1,5 +1,6 @@
 """What a run says: progress bar, log.jsonl, TensorBoard, curves.png, views.png; rank 0 alone."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -219,16 +220,22 @@ PANELS = {
 }
 
 
-def draw_curves(folder):
-    """folder/log.jsonl → folder/curves.png, a panel for each kind of number in it."""
-    from matplotlib.figure import Figure
+def draw_curves(*folders, out=None):
+    """log.jsonl of one run or several, overlaid → `out`, or curves.png of the first.
 
-    rows = read_rows(Path(folder, "log.jsonl"))
+    A panel for each kind of number; of several runs, a colour for each.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    runs = [read_rows(Path(folder, "log.jsonl")) for folder in folders]
     lines = {}  # "acc1 lr 0.1" is a line in the panel acc1
-    for row in rows:
-        for key, value in row.items():
-            if (panel := key.split()[0]) in PANELS:
-                lines.setdefault(panel, {}).setdefault(key, []).append((row["epoch"], value))
+    for run, rows in enumerate(runs):
+        for row in rows:
+            for key, value in row.items():
+                if (panel := key.split()[0]) in PANELS:
+                    points = lines.setdefault(panel, {}).setdefault((key, run), [])
+                    points.append((row["epoch"], value))
 
     columns = min(3, len(lines)) or 1
     height = -(-len(lines) // columns) or 1
@@ -236,20 +243,49 @@ def draw_curves(folder):
     panels = [panel for panel in PANELS if panel in lines]
     for place, panel in enumerate(panels, 1):
         axes = figure.add_subplot(height, columns, place)
-        for key, points in lines[panel].items():
-            axes.plot(*zip(*points), marker="." if panel in ("knn", "acc1") else None, label=key)
-        if len(lines[panel]) > 1:
-            axes.legend(fontsize=8)
-        chance = [row["chance"] for row in rows if "chance" in row]
+        marker = "." if panel in ("knn", "acc1") else None
+        _draw_lines(axes, lines[panel], marker, several=len(runs) > 1)
         title = PANELS[panel]
-        if panel == "loss" and chance:
-            axes.axhline(chance[0], ls="--", color="gray")
+        chances = {row["chance"] for rows in runs for row in rows if "chance" in row}
+        if panel == "loss" and chances:
+            for chance in chances:
+                axes.axhline(chance, ls="--", color="gray")
         elif panel == "loss":
             title = "loss"
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch", fontsize=9)
         axes.grid(alpha=0.3)
-    figure.savefig(Path(folder, "curves.png"), dpi=100)
+    if len(runs) > 1:
+        names = distinct_names(folders)
+        handles = [Line2D([], [], color=f"C{run}", label=name) for run, name in enumerate(names)]
+        ncols = min(len(names), max(1, int(3.7 * columns / (0.07 * max(map(len, names)) + 0.6))))
+        figure.set_figheight(3 * height + 0.3 + 0.2 * -(-len(names) // ncols))
+        figure.legend(handles=handles, loc="outside upper center", ncols=ncols, fontsize=9)
+    figure.savefig(out or Path(folders[0], "curves.png"), dpi=100)
+
+
+def _draw_lines(axes, lines, marker, several):
+    """lines: {(key, run): [(epoch, value)]}. Of several runs, the dashes tell the keys apart."""
+    from matplotlib.lines import Line2D
+
+    keys = list(dict.fromkeys(key for key, _ in lines))
+    dashes = dict(zip(keys, itertools.cycle(("-", "--", ":", "-."))))
+    for (key, run), points in lines.items():
+        look = dict(color=f"C{run}", ls=dashes[key], lw=1.2) if several else dict(label=key)
+        axes.plot(*zip(*points), marker=marker, **look)
+    if len(keys) > 1:
+        handles = [Line2D([], [], color="gray", ls=dashes[key], label=key) for key in keys]
+        axes.legend(fontsize=8, handles=handles if several else None)
+
+
+def distinct_names(folders):
+    """The last parts of the paths, as few as tell them apart."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-depth:]) for path in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def draw_views(folder, x1, x2, most=10):

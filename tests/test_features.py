@@ -1,0 +1,191 @@
+"""Features on disk: what the file holds, the same bits after a break and on two processes."""
+
+import ast
+import json
+import shlex
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, launch
+
+from moco import UserError, builder, checkpoint
+from moco.augment import normalize
+from moco.data import load_data
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import features as tool
+
+
+def run(pretrained, out, *flags, where="digits"):
+    flags = ["--workers", "0", "--device", "cpu", "--amp", "off", *flags]
+    args = [where, "--pretrained", pretrained, "--out", out, *flags]
+    tool.main(tool.parse_args([str(arg) for arg in args]))
+    return dict(np.load(out)) if out.suffix == ".npz" else np.load(out, mmap_mode="r")
+
+
+@pytest.fixture
+def folders(image_file):
+    """Two classes and two splits, and images of two sizes."""
+    for split, n in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            for i in range(n):
+                path = image_file(f"set/{split}/{name}/deep/{i}.png", height=20 + 4 * i)
+    return path.parents[3]
+
+
+def test_the_file_holds_the_backbones_output(pretrained, tmp_path):
+    found = run(pretrained, tmp_path / "f.npz")
+    args = SimpleNamespace(
+        pretrained=pretrained, arch=None, img_size=None, patch_size=None, from_scratch=False
+    )
+    model, _ = checkpoint.create_downstream(args)
+    digits = load_data("digits").train
+    with torch.no_grad():
+        h = builder.features(model.eval(), normalize(digits.images.float() / 255))
+    assert found["features"].dtype == np.float32
+    torch.testing.assert_close(torch.tensor(found["features"]), h)
+    assert (found["labels"] == digits.labels.numpy()).all()
+    assert found["paths"].tolist() == [str(i) for i in range(len(digits))]
+    assert set(found) == {"features", "paths", "labels", "about"}  # digits has no class names
+
+
+def test_paths_lie_below_the_folder_and_classes_have_names(pretrained, folders, tmp_path):
+    train = run(pretrained, tmp_path / "train.npz", where=folders)
+    val = run(pretrained, tmp_path / "val.npz", "--split", "val", where=folders)
+    assert len(train["features"]) == 6 and len(val["features"]) == 4
+    for found in (train, val):
+        assert found["classes"].tolist() == ["cat", "dog"]
+        for path, label in zip(found["paths"], found["labels"]):
+            assert (folders / path).is_file() and f"/{found['classes'][label]}/" in path
+
+    plain = run(pretrained, tmp_path / "plain.npz", where=folders / "train" / "dog")
+    assert set(plain) == {"features", "paths", "about"}
+    assert plain["paths"].tolist() == ["deep/0.png", "deep/1.png", "deep/2.png"]
+    np.testing.assert_allclose(plain["features"], train["features"][3:], atol=1e-5)
+
+
+def test_npy_is_the_same_to_be_mapped(pretrained, tmp_path):
+    npz, npy = (run(pretrained, tmp_path / f"f.{kind}") for kind in ("npz", "npy"))
+    assert isinstance(npy, np.memmap) and (npy == npz.pop("features")).all()
+    beside = np.load(tmp_path / "f.index.npz")
+    assert set(beside) == set(npz) and all((beside[key] == npz[key]).all() for key in npz)
+
+
+def interrupt_after(parts, monkeypatch):
+    """Ctrl-C after so many parts; returns the list of the parts' numbers of images."""
+    embed, seen = tool.embed, []
+
+    def embed_some(*args):
+        for share, h in embed(*args):
+            if len(seen) == parts:
+                raise KeyboardInterrupt
+            seen.append(len(share))
+            yield share, h
+
+    monkeypatch.setattr(tool, "embed", embed_some)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["npz", "npy"])
+def test_an_interrupted_run_continues_to_the_same_bits(pretrained, tmp_path, kind, monkeypatch):
+    whole, out = tmp_path / f"whole.{kind}", tmp_path / f"parts.{kind}"
+    run(pretrained, whole)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="continues") as stop:
+        interrupt_after(2, patch)
+        run(pretrained, out)
+    assert stop.value.code == 130 and not out.exists()
+    (tmp_path / f"parts.{kind}.parts" / "0000002.npy.tmp").write_text("half a part")
+
+    seen = interrupt_after(99, monkeypatch)
+    run(pretrained, out)
+    assert seen == [256, 256, 256, 157]  # of 1,437, but for the two batches that were done
+    assert out.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / f"parts.{kind}.parts").exists()
+
+
+def test_what_is_complete_is_not_computed_again(pretrained, tmp_path, monkeypatch, capsys):
+    run(pretrained, tmp_path / "f.npz")
+    seen = interrupt_after(99, monkeypatch)
+    run(pretrained, tmp_path / "f.npz")
+    assert not seen and "nothing left to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("change", ["weights", "images", "img_size", "split"])
+def test_parts_of_something_else_are_refused(
+    pretrained, folders, tmp_path, change, complete, monkeypatch
+):
+    out, flags = tmp_path / "f.npz", []
+    with monkeypatch.context() as patch:
+        if complete:
+            run(pretrained, out, where=folders)
+        else:
+            interrupt_after(0, patch)
+            with pytest.raises(UserError, match="continues"):
+                run(pretrained, out, where=folders)
+    if change == "weights":
+        state = checkpoint.load(pretrained)
+        state["state_dict"]["module.base_encoder.norm.bias"] += 0.1
+        pretrained = tmp_path / "other.pth"
+        torch.save(state, pretrained)
+    elif change == "images":
+        (folders / "train/cat/deep/1.png").rename(folders / "train/cat/deep/7.png")
+    else:
+        flags = ["--img-size", "32"] if change == "img_size" else ["--split", "val"]
+    what = "names_and_labels" if change == "images" else change
+    with pytest.raises(UserError, match=f"something else .*{what}"):
+        run(pretrained, out, *flags, where=folders)
+
+
+def test_two_processes_write_the_same_file(pretrained, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun has it
+    run(pretrained, tmp_path / "one.npz")
+    torch.set_num_threads(threads)
+    done = launch(2, "tools/features.py", "digits", "--pretrained", pretrained, "--device", "cpu",
+                  "--amp", "off", "--out", tmp_path / "two.npz")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1,437 × 128 features") == 1
+    assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+    assert json.loads(np.load(tmp_path / "two.npz")["about"].item())["images"] == 1437
+
+
+@pytest.mark.parametrize(
+    "out, flags, line",
+    [
+        ("f.csv", [], "must end in .npz or .npy"),
+        ("f.npz", ["--img-size", "18"], "multiple of --patch-size"),
+        ("f.npz", ["--pretrained", "nowhere.pth"], "no checkpoint at nowhere.pth"),
+        ("taken.npz", [], "was not written by this tool"),
+        ("taken.npz/f.npz", [], "can't write"),
+    ],
+)
+def test_an_error_is_one_line(pretrained, tmp_path, script, out, flags, line):
+    (tmp_path / "taken.npz").write_text("mine")
+    code, _, err = script("tools/features.py", "digits", "--pretrained", pretrained,
+                          "--device", "cpu", "--out", tmp_path / out, *flags)  # fmt: skip
+    assert code == 2 and err.count("\n") == 1 and line in err
+    assert (tmp_path / "taken.npz").read_text() == "mine"
+
+
+def test_a_split_that_is_missing_is_refused(pretrained, folders, tmp_path):
+    with pytest.raises(UserError, match="has no val"):
+        run(pretrained, tmp_path / "f.npz", "--split", "val", where=folders / "train")
+
+
+@pytest.mark.parametrize("name", ["features", "visualize"])
+def test_the_commands_in_the_docstring_are_understood(name, monkeypatch):
+    text = ast.get_docstring(ast.parse((ROOT / "tools" / f"{name}.py").read_text()))
+    commands = [
+        line.split(f"tools/{name}.py ")[1]
+        for line in text.replace("\\\n", " ").splitlines()
+        if f"tools/{name}.py " in line
+    ]
+    parse_args = __import__(name).parse_args
+    for command in commands:
+        parse_args(shlex.split(command))
+    assert len(commands) >= 2
