@@ -39,8 +39,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def shared_flags():
-    """Flags of all scripts, as a parent for their parsers."""
+def input_flags():
+    """Flags about images and the backbone that is shown them, as a parent for parsers."""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
     add("data", metavar="DIR", help=f"folder of images, or one of: {' '.join(NAMES)}")
@@ -54,15 +54,22 @@ def shared_flags():
         "with stride 1, no max-pooling")  # fmt: skip
     add("-j", "--workers", type=count, default=min(8, cores()), help="data-loading processes for "
         "each training process")  # fmt: skip
+    add("--data-root", default="data", help="where named sets are downloaded to")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where "
+        "the hardware computes in it")  # fmt: skip
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    return parser
+
+
+def shared_flags():
+    """Flags of all scripts, as a parent for their parsers."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[input_flags()])
+    add = parser.add_argument
     add("--max-bad-images", type=share, default=0.001, metavar="SHARE", help="of the training "
         "images, that may be unreadable (default: 0.001)")  # fmt: skip
     add("--epochs", type=count, default=100, help="passes over the data")
     add("-b", "--batch-size", type=positive, default=4096, help="of all processes together")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where "
-        "the hardware computes in it")  # fmt: skip
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--seed", type=seed, default=0, help="of weights, order and augmentation")
-    add("--data-root", default="data", help="where named sets are downloaded to")
     add("--output-dir", help="of all that the run writes (default: in runs/)")
     add("--resume", metavar="PATH", help="checkpoint to continue, or auto: the one in "
         "--output-dir, if there is one")  # fmt: skip

@@ -4,14 +4,13 @@ import ast
 import json
 import shlex
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, launch
 
-from moco import UserError, builder, checkpoint
+from moco import UserError, builder, checkpoint, evaluation
 from moco.augment import normalize
 from moco.data import load_data
 
@@ -39,9 +38,7 @@ def folders(image_file):
 
 def test_the_file_holds_the_backbones_output(pretrained, tmp_path):
     found = run(pretrained, tmp_path / "f.npz")
-    args = SimpleNamespace(
-        pretrained=pretrained, arch=None, img_size=None, patch_size=None, from_scratch=False
-    )
+    args = tool.parse_args(["digits", "--pretrained", str(pretrained), "--out", "f.npz"])
     model, _ = checkpoint.create_downstream(args)
     digits = load_data("digits").train
     with torch.no_grad():
@@ -66,6 +63,17 @@ def test_paths_lie_below_the_folder_and_classes_have_names(pretrained, folders, 
     assert set(plain) == {"features", "paths", "about"}
     assert plain["paths"].tolist() == ["deep/0.png", "deep/1.png", "deep/2.png"]
     np.testing.assert_allclose(plain["features"], train["features"][3:], atol=1e-5)
+
+
+def test_what_cant_be_read_is_nan_and_named(pretrained, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "BATCH", 2)
+    monkeypatch.setattr(evaluation, "BATCH", 2)
+    for broken in ("train/cat/deep/0.png", "train/cat/deep/1.png", "train/dog/deep/1.png"):
+        (folders / broken).write_bytes(b"text")  # a whole batch, and one of another
+    found = run(pretrained, tmp_path / "f.npz", where=folders)
+    assert np.isnan(found["features"]).all(1).tolist() == [True, True, False, False, True, False]
+    assert np.isfinite(found["features"][[2, 3, 5]]).all()
+    assert capsys.readouterr().err.count("unreadable image") == 3
 
 
 def test_npy_is_the_same_to_be_mapped(pretrained, tmp_path):

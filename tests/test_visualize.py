@@ -11,10 +11,10 @@ from timm.layers import set_fused_attn
 
 from moco import UserError
 from moco.augment import normalize
+from moco.backbones import create_backbone
 from moco.builder import features
 from moco.data import load_data
 from moco.log import distinct_names
-from vits import create_backbone
 
 sys.path.insert(0, str(ROOT / "tools"))
 

@@ -4,10 +4,10 @@
     torchrun --nproc_per_node=8 tools/features.py /data/imagenet --split train \\
         --pretrained runs/vit_small_300/checkpoint.pth --out imagenet.npy
 
-FILE.npz holds `features` float32 [n, d], `paths` [n] below DIR (numbers for a named set), and where
-there are any `labels` int64 [n] and `classes`, the names of the class folders. FILE.npy, for sets
-that don't fit in memory, holds the features alone (np.load with mmap_mode="r"), and
-FILE.index.npz beside it the rest.
+FILE.npz holds `features` float32 [n, d], NaN for an image that can't be read, `paths` [n] below DIR
+(numbers for a named set), and where there are any `labels` int64 [n] and `classes`, the names of
+the class folders. FILE.npy, for sets that don't fit in memory, holds the features alone (np.load
+with mmap_mode="r"), and FILE.index.npz beside it the rest.
 
 The same line again continues a run that was interrupted, on any number of processes; until all is
 there, the parts lie in FILE.npz.parts/.
@@ -37,23 +37,10 @@ from moco.evaluation import BATCH, batches
 
 def model_flags():
     """Flags of a tool that shows images to a pre-trained backbone, as a parent for its parser."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add = parser.add_argument
-    add("data", metavar="DIR", help=f"folder of images, or one of: {' '.join(data.NAMES)}")
-    add("--pretrained", metavar="CKPT", required=True, help="checkpoint of main_moco.py or of the "
-        "official release")  # fmt: skip
-    add("-a", "--arch", help="of a checkpoint that doesn't say it; vits.py lists them")
-    add("--img-size", type=cli.side, nargs="+", action=cli.Size, metavar="PIXELS", help="side, or "
-        "height and width (default: the checkpoint's)")  # fmt: skip
-    add("--patch-size", type=cli.side, nargs="+", action=cli.Size, metavar="PIXELS", help="of a "
-        "ViT (default: the checkpoint's)")  # fmt: skip
-    add("-j", "--workers", type=cli.count, default=min(8, cli.cores()), help="data-loading "
-        "processes for each process")  # fmt: skip
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto, as in the "
-        "probe: bf16 where the hardware computes in it")  # fmt: skip
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--data-root", default="data", help="where named sets are downloaded to")
-    parser.set_defaults(from_scratch=False)
+    parser = argparse.ArgumentParser(add_help=False, parents=[cli.input_flags()])
+    parser.add_argument("--pretrained", metavar="CKPT", required=True, help="checkpoint of "
+        "main_moco.py or of the official release; arch and sizes are taken from it")  # fmt: skip
+    parser.set_defaults(arch=None, img_size=None, from_scratch=False)
     return parser
 
 
@@ -87,27 +74,32 @@ def main(args):
     beside = args.out if args.out.suffix == ".npz" else args.out.with_suffix(".index.npz")
     if args.out.exists():
         refuse_other(args.out, lambda: np.load(beside)["about"].item(), about)
-        cli.say(f"{args.out} is complete: nothing left to do")
+        distributed.say(f"{args.out} is complete: nothing left to do")
         return
 
     parts = Path(f"{args.out}.parts")
     todo = claim(parts, about)
     distributed.check_agreement(device, images=len(source), parts=len(todo))
     if done := -(-len(source) // BATCH) - len(todo):
-        cli.say(f"continuing: {done} of {done + len(todo)} parts are done")
+        distributed.say(f"continuing: {done} of {done + len(todo)} parts are done")
     try:
         if todo:
             shares = torch.arange(len(source)).split(BATCH)
             chosen = torch.cat([shares[n] for n in todo])
-            for share, h in embed(model, source, chosen, setting["img_size"], args, device, amp):
-                with replacing(parts / part_name(chosen[share[0]] // BATCH)) as file:
-                    np.save(file, h.cpu().numpy())
+            size = setting["img_size"]
+            for share, h in embed(model, source, chosen, size, args, device, amp):
+                number = int(chosen[share[0]]) // BATCH
+                save_part(parts, number, len(shares[number]), chosen[share] % BATCH, h.cpu())
+            for number in todo[rank() :: world()]:
+                if not (parts / part_name(number)).exists():  # nothing in it can be read
+                    none = torch.empty(0, model.num_features)
+                    save_part(parts, number, len(shares[number]), [], none)
     except KeyboardInterrupt:
         raise UserError("interrupted; the same line again continues", code=130) from None
     distributed.barrier()
     if rank() == 0:
         assemble(args.out, beside, parts, index)
-        cli.say(f"{len(source):,} × {model.num_features} features in {args.out}")
+        distributed.say(f"{len(source):,} × {model.num_features} features in {args.out}")
 
 
 def load_model(args, device):
@@ -151,7 +143,8 @@ def embed(model, source, chosen, size, args, device, amp):
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
     # disable=None: no bar where stderr is no terminal
     with tqdm(total=len(chosen), unit=" images", disable=rank() != 0 or None) as bar:
-        for share, images in batches(source, chosen, size, args.workers, device):
+        bad = data.BadImages(share=1, images=len(source))
+        for share, images in batches(source, chosen, size, args.workers, device, bad):
             with autocast():
                 h = features(model, images)
             yield share, h.float()
@@ -179,6 +172,14 @@ def claim(parts, about):
 
 def part_name(number):
     return f"{number:07d}.npy"
+
+
+def save_part(parts, number, images, where, h):
+    """h: the features of those `where` of its images; the others can't be read."""
+    rows = torch.full((images, h.shape[1]), torch.nan)
+    rows[where] = h
+    with replacing(parts / part_name(number)) as file:
+        np.save(file, rows.numpy())
 
 
 def assemble(out, beside, parts, index):
