@@ -2,18 +2,25 @@
 
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Child
+from conftest import ROOT, TINY, Child
 
 from moco import checkpoint
 from moco.log import read_rows
 
+pytestmark = pytest.mark.slow
+
 LONG = (*TINY, "--batch-size", 32, "--print-freq", 3)  # 88 steps
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 def weights(folder):
@@ -29,6 +36,17 @@ def assert_same_run(folder, whole):
     for row in (*rows[0], *rows[1]):
         row.pop("images_per_s", 0), row.pop("data_wait", 0)
     assert rows[0] == rows[1]
+
+
+def steps(folder):
+    """So many steps are in the log."""
+    rows = read_rows(folder / "log.jsonl")
+    return rows[-1]["step"] if rows else 0
+
+
+def wait_for_step(step, folder, job):
+    while steps(folder) < step:
+        assert job.wait(0.05) is None, job.said()
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +67,6 @@ def wait_for_training(child):
         assert child.wait(0.02) is None, child.said()
 
 
-@pytest.mark.slow
 def test_killed_20_times_it_ends_in_the_same_weights(undisturbed, tmp_path):
     whole, set_up, training = undisturbed
     rng, kills, while_saving, run = np.random.default_rng(0), 0, 0, 0
@@ -77,7 +94,6 @@ def test_killed_20_times_it_ends_in_the_same_weights(undisturbed, tmp_path):
     print(f"{kills} kills, {while_saving} of them while saving, {run + 1} runs")
 
 
-@pytest.mark.slow
 def test_terminated_10_times_it_computes_no_step_twice(undisturbed, tmp_path):
     whole, _, training = undisturbed
     rng, done = np.random.default_rng(1), 0
@@ -96,3 +112,225 @@ def test_terminated_10_times_it_computes_no_step_twice(undisturbed, tmp_path):
     assert child.wait() == 0, child.said()
     assert f"resumed after step {done} of 88" in child.said() and 0 < done < 88
     assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("name", ["main_lincls.py", "main_finetune.py"])
+def test_the_other_scripts_stop_and_continue_alike(pretrained, tmp_path, name):
+    argv = f"digits --pretrained {pretrained} --device cpu --workers 1 --batch-size 32 --epochs 3"
+    argv += " --warmup-epochs 1" * (name == "main_finetune.py")
+    whole = Child(tmp_path, name, *argv.split(), "--output-dir", tmp_path / "whole")
+    assert whole.wait() == 0, whole.said()
+    run = tmp_path / "stopped"
+    argv = (*argv.split(), "--output-dir", run, "--resume", "auto")
+    for step, number, code in ((20, signal.SIGTERM, 75), (70, signal.SIGINT, 130)):
+        child = Child(tmp_path, name, *argv)
+        wait_for_step(step, run, child)
+        os.kill(child.pid, number)
+        assert child.wait() == code and "stopped: saved after step" in child.said()
+    child = Child(tmp_path, name, *argv)
+    assert child.wait() == 0, child.said()
+    assert_same_run(run, tmp_path / "whole")
+
+
+# A disk that is full or read-only.
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96M", "tmpfs", folder]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root to mount a small disk")
+    yield folder
+    while os.path.ismount(folder):  # read-only, too
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk):
+    with open(disk / "filler", "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(2**20)):
+                pass
+            while file.write(b"0"):
+                pass
+        except OSError:
+            pass
+
+
+def wait_until(said, child):
+    while said not in child.said():
+        assert child.wait(0.01) is None, child.said()
+
+
+SHORT = (*TINY, "--batch-size", 96, "--epochs", 4, "--print-freq", 3)  # 14 steps an epoch
+
+
+def test_a_full_disk_costs_one_checkpoint(disk, tmp_path):
+    whole = Child(tmp_path, "main_moco.py", *SHORT, "--output-dir", tmp_path / "whole")
+    assert whole.wait() == 0, whole.said()
+    child = Child(tmp_path, "main_moco.py", *SHORT, "--output-dir", disk / "run")
+    wait_until("epoch 1/4", child)
+    fill(disk)
+    wait_until("can't save", child)
+    assert checkpoint.load(disk / "run" / checkpoint.LAST)["epoch"] == 1
+    (disk / "filler").unlink()
+    assert child.wait() == 0, child.said()
+    assert child.said().count("No space left on device") == 1
+    assert_same_run(disk / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("what", ["full", "read-only"])
+def test_a_disk_that_takes_nothing_stops_the_run_at_the_second_save(disk, tmp_path, what):
+    argv = ("main_moco.py", *SHORT, "--output-dir", disk / "run", "--resume", "auto")
+    child = Child(tmp_path, *argv)
+    wait_until("epoch 1/4", child)
+    if what == "full":
+        fill(disk)
+    else:
+        subprocess.run(["mount", "--bind", disk, disk], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+    assert child.wait() == 1
+    assert child.said().count("can't save to") == 2 and "Traceback" not in child.said()
+    assert child.said().endswith("make room, then --resume auto\n")
+    assert checkpoint.load(disk / "run" / checkpoint.LAST)["epoch"] == 1
+    if what == "full":
+        (disk / "filler").unlink()
+    else:
+        subprocess.run(["umount", disk], check=True)
+    child = Child(tmp_path, *argv)
+    assert child.wait() == 0 and "resumed after step 14 of 56" in child.said(), child.said()
+
+
+# Several processes, several hosts.
+
+
+class Torchrun:
+    """`torchrun FLAGS main_moco.py ARGS…` in the background, its output in a file."""
+
+    def __init__(self, output, flags, *args, before=(), **env):
+        self.output = output
+        argv = [*before, *TORCHRUN, *flags, ROOT / "main_moco.py", *args]
+        with open(output, "w") as file:
+            self.process = subprocess.Popen(
+                list(map(str, argv)), stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+                env=os.environ | dict(OMP_NUM_THREADS="1", **env),
+            )  # fmt: skip
+
+    def wait(self, timeout=150):
+        """Its exit code; None if it still runs after that many seconds."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def said(self):
+        return self.output.read_text()
+
+    def workers(self):
+        """Their process numbers."""
+        pid = self.process.pid
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(number) for number in file.read().split()]
+
+
+TWO = ("--nproc_per_node=2", "--standalone")
+FP32 = ("--amp", "off", "--save-minutes", 1e-6)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """The folder of a run of two processes that nothing happened to."""
+    folder = tmp_path_factory.mktemp("two")
+    job = Torchrun(folder / "output.txt", TWO, *LONG, *FP32, "--output-dir", folder / "run")
+    assert job.wait() == 0, job.said()
+    return folder / "run"
+
+
+def test_torchrun_restarts_killed_workers_to_the_same_end(on_two_ranks, tmp_path):
+    flags, run = (*TWO, "--max-restarts=3", "--monitor-interval=0.5"), tmp_path / "run"
+    job = Torchrun(tmp_path / "output.txt", flags, *LONG, *FP32, "--output-dir", run)
+    for step, worker in ((10, 1), (35, 0), (60, 1)):
+        wait_for_step(step, run, job)
+        os.kill(job.workers()[worker], signal.SIGKILL)
+    assert job.wait() == 0, job.said()
+    assert job.said().count("resumed after step") == 3
+    assert_same_run(run, on_two_ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_run_of_two_ranks_continues_on_another_number(on_two_ranks, tmp_path, ranks):
+    argv = (*LONG, *FP32, "--output-dir", tmp_path / "run", "--resume", "auto")
+    job = Torchrun(tmp_path / "output.txt", TWO, *argv)
+    wait_for_step(80, tmp_path / "run", job)
+    job.process.terminate()
+    assert job.wait() != 0 and "stopped: saved after step" in job.said()
+    job = Torchrun(tmp_path / "2.txt", (f"--nproc_per_node={ranks}", "--standalone"), *argv)
+    assert job.wait() == 0, job.said()
+    rows, expected = (read_rows(run / "log.jsonl") for run in (tmp_path / "run", on_two_ranks))
+    losses, expected = ([r["loss"] for r in found if "loss" in r] for found in (rows, expected))
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces, joined by a cable → functions that run in one, cut it, mend it."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2 to make two hosts")
+    names = [f"moco{os.getpid()}{end}" for end in "ab"]
+
+    def ip(*args):
+        subprocess.run(["ip", *args], check=True, capture_output=True)
+
+    with ExitStack() as stack:
+        for name in names:
+            try:
+                ip("netns", "add", name)
+            except subprocess.CalledProcessError as error:
+                pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+            stack.callback(ip, "netns", "delete", name)
+        ip("link", "add", "cable", "netns", names[0], "type", "veth",
+           "peer", "name", "cable", "netns", names[1])  # fmt: skip
+        for end, name in enumerate(names, 1):
+            ip("-n", name, "address", "add", f"10.77.0.{end}/24", "dev", "cable")
+            for device in ("lo", "cable"):
+                ip("-n", name, "link", "set", device, "up")
+        yield names, lambda state: ip("-n", names[0], "link", "set", "cable", state)
+
+
+def test_two_hosts_train_as_one_and_survive_a_cut_cable(hosts, on_two_ranks, tmp_path):
+    names, cable = hosts
+    run = tmp_path / "run"
+    argv = (*LONG, *FP32, "--output-dir", run, "--resume", "auto", "--timeout", 10)
+
+    def start():
+        return [
+            Torchrun(
+                tmp_path / f"{name}.txt",
+                (
+                    "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test",
+                    "--rdzv_endpoint=10.77.0.1:29400", f"--local-addr=10.77.0.{number}",
+                    f"--rdzv_conf=read_timeout=5,is_host={int(number == 1)}",
+                ),
+                *argv,
+                before=("ip", "netns", "exec", name),
+                GLOO_SOCKET_IFNAME="cable",
+            )
+            for number, name in enumerate(names, 1)
+        ]  # fmt: skip
+
+    jobs = start()
+    wait_for_step(30, run, jobs[0])
+    cable("down")
+    cut = time.monotonic()
+    for job in jobs:
+        assert job.wait(60) not in (None, 0)
+        assert "another process has ended, or the network between them" in job.said()
+    assert time.monotonic() - cut < 30  # --timeout, and torchrun's own
+    assert checkpoint.load(run / checkpoint.LAST)["iteration"] < 88
+    cable("up")
+    jobs = start()
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].said()
+    assert "resumed after step" in jobs[0].said() + jobs[1].said()
+    assert_same_run(run, on_two_ranks)
