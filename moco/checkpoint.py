@@ -209,10 +209,10 @@ def _load_part(part, state):
             raise ValueError("the optimizer's state is of other parameters")
         for i, values in moments.items():
             for name, value in values.items():
-                if value.ndim and value.shape != params[i].shape:
+                if value.shape != (() if name == "step" else params[i].shape):
                     raise ValueError(f"the optimizer's {name} is of another shape")
         state = {"state": moments, "param_groups": part.state_dict()["param_groups"]}
-    if state:  # a GradScaler's is empty unless the run was in fp16
+    if state or not isinstance(part, torch.amp.GradScaler):  # empty unless the run was in fp16
         part.load_state_dict(state)
 
 

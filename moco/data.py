@@ -341,6 +341,8 @@ class EpochBatches(Sampler):
         return {"images": self.images}
 
     def load_state_dict(self, state):
+        if not isinstance(state["images"], int):
+            raise TypeError("'images' is no number")
         if state["images"] != self.images:
             raise UserError(f"the run has {state['images']} images, DIR holds {self.images} now")
 

@@ -54,8 +54,11 @@ class Log:
 
     def load_state_dict(self, state):
         self.steps, self.rows = int(state["steps"]), int(state["rows"])
-        self.names, self.pending = tuple(state["names"]), list(state["pending"].unbind())
-        self.latest, self.measured = dict(state["latest"]), str(state["measured"])
+        if not isinstance(state["names"], tuple):
+            raise TypeError("'names' is no tuple")
+        self.names, self.pending = state["names"], list(state["pending"].unbind())
+        self.latest = {str(name): float(value) for name, value in state["latest"].items()}
+        self.measured = str(state["measured"])
 
     def __enter__(self):
         if not self.speaks:
