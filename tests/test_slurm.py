@@ -2,9 +2,12 @@
 
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,47 +18,72 @@ from moco.log import read_rows
 SCRIPT = ROOT / "recipes" / "slurm.sh"
 # srun of two nodes: what follows its own flag, twice, side by side, and the worse exit code.
 SRUN = """
-[[ $1 == --cpus-per-task=3 ]] || exit 9
-shift
+[[ "$1 $2" == "--kill-on-bad-exit=1 --cpus-per-task=3" ]] || exit 9
+shift 2
+((SLURM_JOB_NUM_NODES == 2)) || exec "$@"
 "$@" & first=$!
 "$@"
 second=$?
 wait $first || exit 1
 exit $second
 """
-SCONTROL = "echo localhost\necho localhost\n"
+SCONTROL = """
+case $1 in
+    requeue) echo "queued again: $2" ;;
+    show) for ((n = 0; n < SLURM_JOB_NUM_NODES; n++)); do echo localhost; done ;;
+esac
+"""
 pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
 
 
-def sbatch(folder, *args):
-    """What a batch step sees on the first of two nodes with one GPU each."""
+def sbatch(folder, *args, nodes=2):
+    """The batch step on the first of so many nodes with one GPU each, as it starts."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         path = folder / name
         path.write_text("#!/usr/bin/env bash\n" + text)
         path.chmod(0o755)
-    job = dict(SLURM_JOB_ID=str(random.randrange(10**6)), SLURM_JOB_NUM_NODES="2",
+    job = dict(SLURM_JOB_ID=str(random.randrange(10**6)), SLURM_JOB_NUM_NODES=str(nodes),
                SLURM_JOB_NODELIST="node[1-2]", SLURM_GPUS_ON_NODE="1",
                SLURM_CPUS_PER_TASK="3")  # fmt: skip
     path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, **job, "PATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        ["bash", SCRIPT, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True,
-        timeout=300,
+    return subprocess.Popen(
+        ["bash", SCRIPT, *map(str, args)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def test_two_nodes_train_together(tmp_path):
     run = tmp_path / "run"
-    done = sbatch(tmp_path, "main_moco.py", *TINY, "--epochs", 1, "--knn-every", 0,
-                  "--output-dir", run)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "2 node(s): localhost localhost" in done.stdout and "2 process(es)" in done.stdout
+    job = sbatch(tmp_path, "main_moco.py", *TINY, "--epochs", 1, "--knn-every", 0,
+                 "--output-dir", run)  # fmt: skip
+    said, errors = job.communicate(timeout=300)
+    assert job.returncode == 0, errors
+    assert "2 node(s): localhost localhost" in said and "2 process(es)" in said
     assert len([row for row in read_rows(run / "log.jsonl") if "loss" in row]) == 5
 
 
+def test_a_job_whose_time_is_over_is_saved_and_queued_again(tmp_path):
+    run = tmp_path / "run"
+    argv = ("main_moco.py", *TINY, "--batch-size", 32, "--output-dir", run, "--resume", "auto")
+    job = sbatch(tmp_path, *argv, nodes=1)
+    while not read_rows(run / "log.jsonl")[3:]:
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    said, errors = job.communicate(timeout=60)
+    assert job.returncode != 0 and "queued again: " in said
+    step = re.search(r"stopped: saved after step (\d+)", errors)[1]
+    job = sbatch(tmp_path, *argv, nodes=1)
+    said, errors = job.communicate(timeout=300)
+    assert job.returncode == 0 and f"resumed after step {step} of 88" in said
+    assert "queued again" not in said
+
+
 def test_without_a_script_it_says_how(tmp_path):
-    done = sbatch(tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("usage: sbatch recipes/slurm.sh")
+    job = sbatch(tmp_path)
+    assert job.communicate()[1].startswith("usage: sbatch recipes/slurm.sh")
+    assert job.returncode == 2
 
 
 def test_shellcheck_finds_nothing():
