@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from moco import UserError, checkpoint, cli, data, distributed, evaluation
 from moco.backbones import Classifier, check_precision
-from moco.keeper import Keeper, resumed
+from moco.keeper import Keeper
 from moco.log import Log, describe, introduce
 from moco.optimizer import descend
 
@@ -112,17 +112,10 @@ def finetune(args, dataset, device, amp, autocast):
     parts = dict(optimizer=optimizer, scaler=scaler, batches=batches, log=log)
     parts |= {"ema": ema} if ema else {}
     results = dict(found=(0.0, 0.0), best=(0.0, 0))  # the last (top-1, top-5); best, its epoch
-    epoch = iteration = 0  # that are done
-    if previous:
-        state = checkpoint.resume(previous, args, model, results, **parts)
-        epoch, iteration = state["epoch"], state["iteration"]
-        results = {name: state[name] for name in results}
-        same = state["world"] == distributed.world() or args.allow_changed_args
-        if not same and (mixup or args.drop_path):
-            raise UserError(
-                f"--mixup, --cutmix and --drop-path draw in each process, and the run had "
-                f"{state['world']}: take as many, or --allow-changed-args"
-            )
+    same_world = bool(mixup or args.drop_path)  # these draw in each process
+    epoch, iteration, results = checkpoint.resume(
+        previous, args, model, results, same_world, **parts
+    )
     distributed.check_agreement(device, images=len(training_set), steps=iteration)
     ddp = distributed.parallel(model, device)
 
@@ -142,8 +135,6 @@ def finetune(args, dataset, device, amp, autocast):
         return checkpoint.training_state(extra, keeper.epoch, keeper.iteration, model, **parts)
 
     with log, Keeper(folder, args.save_minutes, get_state, epoch, iteration) as keeper:
-        if previous:
-            log.say(resumed(iteration, args.epochs * len(batches)))
         for done in range(epoch + 1, args.epochs + 1):
             train_one_epoch(
                 ddp, model, ema, loader, mixup, optimizer, schedule, scaler, autocast, args, log,

@@ -22,7 +22,7 @@ from moco.augment import normalize
 from moco.builder import features
 from moco.distributed import ViewBatchNorm, at_least_fp32
 from moco.evaluation import KNN, accuracy, better, in_words
-from moco.keeper import Keeper, resumed
+from moco.keeper import Keeper
 from moco.log import Log, describe, introduce
 from moco.optimizer import descend, warmup_cosine
 
@@ -117,11 +117,7 @@ def probe(args, dataset, backbone, setting, device, amp, autocast):
     parts = dict(optimizer=optimizer, batches=batches, log=log)
     # Of each rate: the last (top-1, top-5), the best top-1 and its epoch.
     results = dict(found=[(0.0, 0.0)] * len(args.lr), best=[(0.0, 0)] * len(args.lr))
-    epoch = iteration = 0  # that are done
-    if previous:
-        state = checkpoint.resume(previous, args, classifiers, results, **parts)
-        epoch, iteration = state["epoch"], state["iteration"]
-        results = {name: state[name] for name in results}
+    epoch, iteration, results = checkpoint.resume(previous, args, classifiers, results, **parts)
     distributed.check_agreement(device, images=len(training_set), steps=iteration)
     ddp = distributed.parallel(classifiers, device)
 
@@ -144,8 +140,6 @@ def probe(args, dataset, backbone, setting, device, amp, autocast):
         )
 
     with log, Keeper(folder, args.save_minutes, get_state, epoch, iteration) as keeper:
-        if previous:
-            log.say(resumed(iteration, args.epochs * len(batches)))
         for done in range(epoch + 1, args.epochs + 1):
             train_one_epoch(ddp, backbone, loader, optimizer, autocast, args, log, keeper)
             found = measure(backbone, classifiers, dataset, size, args.workers, autocast, bad)

@@ -20,7 +20,7 @@ from moco.augment import Views, augment
 from moco.backbones import check_precision, create_backbone
 from moco.builder import MoCo
 from moco.evaluation import KNN
-from moco.keeper import Keeper, resumed
+from moco.keeper import Keeper
 from moco.log import Log, describe, draw_views, introduce
 from moco.optimizer import cosine_momentum, create_optimizer, descend, set_lr, warmup_cosine
 
@@ -79,12 +79,9 @@ def main(args):
     bad = data.BadImages(args.max_bad_images, images, folder, resumed=bool(previous))
     log = Log(folder, args, len(batches), bad, chance)
     parts = dict(optimizer=optimizer, scaler=scaler, batches=batches, log=log)
-    epoch = iteration = 0  # that are done
-    if previous:
-        state = checkpoint.resume(previous, args, model, **parts)
-        epoch, iteration = state["epoch"], state["iteration"]
-    elif args.init_from:
+    if args.init_from and not previous:
         checkpoint.load_model(model, checkpoint.load(args.init_from), args.init_from)
+    epoch, iteration, _ = checkpoint.resume(previous, args, model, **parts)
     distributed.check_agreement(device, images=len(dataset.train), steps=iteration)
     ddp = distributed.parallel(model, device)
 
@@ -111,8 +108,6 @@ def main(args):
         return found
 
     with log, Keeper(folder, args.save_minutes, get_state, epoch, iteration) as keeper:
-        if previous:
-            log.say(resumed(iteration, args.epochs * len(batches)))
         if knn and not iteration:
             found = evaluate()
             log.say(f"kNN {found:.1f} % before training, k {knn.k}, bank {len(knn.chosen):,}")

@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 
 from moco import UserError, reason
 from moco.backbones import Classifier, create_backbone
-from moco.distributed import largest, say
+from moco.distributed import largest, say, world
 
 LAST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 
@@ -148,34 +148,39 @@ def find_previous(args, folder):
     return [args.resume] if args.resume else []
 
 
-def resume(paths, args, model, results=None, **parts):
-    """Loads the first of the training checkpoints that is whole into model and parts → its dict.
+def resume(paths, args, model, results=None, same_world=False, **parts):
+    """Loads the first of the training checkpoints that is whole into model and parts → epochs and
+    steps that are done, results; without a path it changes nothing.
 
-    results: what else the script keeps there, by name, as it is before a run. UserError if `args`
-    differ from the run's in what changes the mathematics, without --allow-changed-args.
+    results: what else the script keeps there, by name, as it is before a run. UserError if `args`,
+    or with `same_world` the number of processes, differ from the run's in what changes the
+    mathematics, without --allow-changed-args.
     """
-    results = dict(epoch=0, iteration=0) | (results or {})
+    start = dict(epoch=0, iteration=0) | (results or {})
+    state = start
     for path, older in zip(paths, [*paths[1:], None]):
         try:
-            return _continue(path, args, model, results, parts)
+            state = _continue(path, args, model, start, same_world, parts)
+            break
         except Damaged as damage:
             if not older:
                 raise
             say(f"{damage}; going back to {older}", sys.stderr)
+    return state["epoch"], state["iteration"], {name: state[name] for name in results or ()}
 
 
-def _continue(path, args, model, results, parts):
+def _continue(path, args, model, start, same_world, parts):
     state = load(path)
     if "args" not in state:
         raise UserError(
             f"{path} has weights, but no arguments of a run to continue: begin with --init-from"
         )
-    _compare_args(path, state["args"], args)
+    _compare(path, state, args, same_world)
     try:
         load_model(model, state, path)
         for name, part in parts.items():
             _load_part(part, state[name])
-        for name, value in results.items():
+        for name, value in start.items():
             if not _alike(value, state[name]):
                 raise TypeError(f"{name!r} is no such thing")
     # Whatever entries provoke that are missing, or of another kind or shape.
@@ -185,12 +190,15 @@ def _continue(path, args, model, results, parts):
     return state
 
 
-def _compare_args(path, old, args):
+def _compare(path, state, args, same_world):
+    old = state["args"]
     changed = [
         f"--{name.replace('_', '-')} {old.get(name)} → {value}"
         for name, value in vars(args).items()
         if name not in MAY_CHANGE and value != old.get(name)
     ]
+    if same_world and state.get("world") != world():
+        changed.append(f"{state.get('world')} → {world()} processes, and each draws for itself")
     if changed and not args.allow_changed_args:
         raise UserError(
             f"{path} was trained with other arguments: {', '.join(changed)}; --allow-changed-args "

@@ -110,9 +110,3 @@ class Keeper:
                 "nothing could be saved, twice in a row: make room, then --resume auto",
                 code=1,
             )
-
-
-def resumed(iteration, total):
-    """In words, where a run goes on."""
-    left = "" if iteration < total else ": nothing left to do"
-    return f"resumed after step {iteration:,} of {total:,}{left}"

@@ -63,7 +63,7 @@ class Log:
     def __enter__(self):
         if not self.speaks:
             return self
-        path = self.folder / "log.jsonl"
+        path, total = self.folder / "log.jsonl", self.epochs * self.epoch_steps
         rows = read_rows(path)[: self.rows]  # what came after the checkpoint comes again
         self.rows = len(rows)
         trimmed = path.with_suffix(".tmp")
@@ -77,8 +77,10 @@ class Log:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            steps = self.epochs * self.epoch_steps
-            self.bar = tqdm(total=steps, initial=self.steps, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=total, initial=self.steps, unit="step", dynamic_ncols=True)
+        if self.steps:
+            left = "" if self.steps < total else ": nothing left to do"
+            self.say(f"resumed after step {self.steps:,} of {total:,}{left}")
         return self
 
     def __exit__(self, *_):

@@ -66,6 +66,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, pretrain
     assert whole["best"] == resumed["best"]
 
 
+def test_drop_path_needs_as_many_processes(script, tmp_path, pretrained):
+    argv = ["--pretrained", pretrained, "--epochs", 1, "--warmup-epochs", 0, "--drop-path", 0.2]
+    tune(script, tmp_path, *argv)
+    state = checkpoint.load(tmp_path / "checkpoint.pth")
+    checkpoint.save(tmp_path, state | dict(world=2))
+    argv = ["main_finetune.py", *TINY, "--output-dir", tmp_path, *argv, "--resume", "auto"]
+    code, _, err = script(*argv)
+    assert code == 2 and "2 → 1 processes" in err and err.count("\n") == 1
+    assert script(*argv, "--allow-changed-args")[0] == 0
+
+
 def test_from_scratch_is_the_same_backbone_with_random_weights(script, tmp_path, pretrained):
     out = tune(script, tmp_path, "--pretrained", pretrained, "--from-scratch")
     assert "vit_nano, from a random initialisation" in out

@@ -199,8 +199,8 @@ def test_resume_in_another_precision(script, tmp_path):
     scaler = torch.amp.GradScaler("cpu", enabled=True)  # as for fp16
     paths = [tmp_path / checkpoint.LAST]
     parts = dict(optimizer=optimizer, scaler=scaler, batches=data.EpochBatches(1437, 256, 0))
-    resumed = checkpoint.resume(paths, args, model, **parts)
-    assert resumed["epoch"] == state["epoch"] == 2
+    epoch, iteration, _ = checkpoint.resume(paths, args, model, **parts)
+    assert (epoch, iteration) == (state["epoch"], state["iteration"]) == (2, 10)
     parts["batches"] = data.EpochBatches(1438, 256, 0)
     with pytest.raises(UserError, match="1437 images, DIR holds 1438"):
         checkpoint.resume(paths, args, model, **parts)
