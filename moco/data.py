@@ -7,6 +7,7 @@ the sampler hands out (epoch, index) pairs, so neither workers, nor ranks, nor a
 import io
 import os
 import signal
+import stat
 import sys
 import warnings
 from contextlib import suppress
@@ -22,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torchvision.transforms.v2 import functional as tv
 
-from moco import UserError, distributed, reason
+from moco import UserError, distributed, one_line, reason
 from moco.augment import COLUMNS, draw
 
 try:
@@ -94,10 +95,7 @@ class Unreadable(Exception):
 
     def __init__(self, path, reason):
         super().__init__(path, reason)
-        self.path, self.reason = (
-            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-            for text in (path, reason)
-        )
+        self.path, self.reason = one_line(path), one_line(reason)
 
 
 def decode(path):
@@ -106,6 +104,8 @@ def decode(path):
     Unreadable: damaged, cut short, of more than MOST_PIXELS, or with pixels of unknown range.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe blocks, a device may never end
+            raise ValueError("no regular file")
         data = bytearray(Path(path).read_bytes())
         if data.startswith(b"\xff\xd8"):
             frame, pixels = _jpeg_frame(data)
@@ -582,8 +582,8 @@ class BadImages:
             if resumed and self.path.exists():
                 lines = self.path.read_text(encoding="utf-8").splitlines()
                 self.news = dict(line.split("\t", 1) for line in lines if "\t" in line)
-            else:
-                self.path.unlink(missing_ok=True)
+            elif self.path.exists():
+                self.path.unlink()
 
     def meet(self):
         """All ranks together: what each has found since is told. UserError if that is too much."""
