@@ -65,6 +65,15 @@ def _second_name(path, second):
 
 def load(path):
     """A checkpoint's dict, tensors on the CPU; UserError if it is missing, damaged or none."""
+    checkpoint = read(path)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise Damaged(f"{path} is no checkpoint: it has no 'state_dict'")
+    check_kinds(checkpoint, path)
+    return checkpoint
+
+
+def read(path):
+    """What torch.save wrote, tensors on the CPU; UserError if it is missing or damaged."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
@@ -73,18 +82,15 @@ def load(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats that damage looks like
             # weights_only: a file from elsewhere can't run code.
-            checkpoint = None if broken else torch.load(path, map_location="cpu", weights_only=True)
+            content = None if broken else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file provokes
         raise Damaged(f"{path} can't be read as a checkpoint: {type(error).__name__}") from None
     if broken:
         raise Damaged(f"{path} is damaged: the checksum of {broken} is wrong")
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise Damaged(f"{path} is no checkpoint: it has no 'state_dict'")
-    _check_kinds(checkpoint, path)
-    return checkpoint
+    return content
 
 
-def _check_kinds(checkpoint, path):
+def check_kinds(checkpoint, path):
     """Damaged if something that we read there is of another kind than it should be."""
 
     def is_weights(value):
@@ -101,7 +107,7 @@ def _check_kinds(checkpoint, path):
 
     for is_kind, keys in (
         (is_weights, ("state_dict", "ema")),
-        (is_number, ("epoch", "iteration", "num_heads", "world")),
+        (is_number, ("epoch", "iteration", "num_heads", "in_chans", "world")),
         (is_size, ("img_size", "patch_size")),
         (lambda value: isinstance(value, str), ("arch",)),
         (lambda value: isinstance(value, dict), ("args",)),
