@@ -167,7 +167,7 @@ def run(main, parse_args):
     except KeyboardInterrupt:
         code = 130
         if os.environ.get("RANK", "0") == "0":
-            print(f"{script}: interrupted; --resume auto continues", file=sys.stderr)
+            print(f"{script}: interrupted", file=sys.stderr)
     except (MemoryError, OSError, RuntimeError) as unforeseen:
         code, error = 1, explain(unforeseen)
         if not error:
