@@ -129,10 +129,17 @@ def training_state(about, epoch, iteration, model, **parts):
         epoch=epoch,
         iteration=iteration,
         num_heads=num_heads(model),
-        state_dict={f"module.{key}": value for key, value in model.state_dict().items()},
-        **{name: part.state_dict() for name, part in parts.items()},
+        state_dict={f"module.{k}": v for k, v in _contiguous(model.state_dict()).items()},
+        **{name: _contiguous(part.state_dict()) for name, part in parts.items()},
         **about,
     )
+
+
+def _contiguous(state):
+    """Tensors of a dict of dicts in the published memory format: a ResNet's run is in another."""
+    if isinstance(state, dict):
+        return {key: _contiguous(value) for key, value in state.items()}
+    return state.contiguous() if isinstance(state, torch.Tensor) else state
 
 
 def find_previous(args, folder):
@@ -228,6 +235,17 @@ def _load_part(part, state):
         state = {"state": moments, "param_groups": part.state_dict()["param_groups"]}
     if state or not isinstance(part, torch.amp.GradScaler):  # empty unless the run was in fp16
         part.load_state_dict(state)
+    if isinstance(part, torch.optim.Optimizer):
+        _lay_out(part)
+
+
+def _lay_out(optimizer):
+    """Its state in the memory format of the weights: fused AdamW on a CPU trusts that they agree,
+    and takes wrong numbers if not (torch 2.6 as 2.15)."""
+    for p, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.ndim:
+                values[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def _alike(expected, found):
