@@ -32,6 +32,7 @@ from moco.backbones import Classifier, check_precision
 from moco.keeper import Keeper
 from moco.log import Log, describe, introduce
 from moco.optimizer import descend
+from moco.sources import labelled, load_data
 
 
 def parse_args(argv=None):
@@ -76,7 +77,7 @@ def parse_args(argv=None):
 def main(args):
     device, amp = distributed.set_up(args.device, args.amp, args.timeout)
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
-    dataset = data.labelled(data.load_data(args.data, args.data_root), args.data)
+    dataset = labelled(load_data(args.data, args.data_root), args.data)
     if args.evaluate:
         weights = "ema" if args.evaluate_ema else "state_dict"
         model, setting = checkpoint.create_downstream(args, dataset.classes, weights)

@@ -25,6 +25,7 @@ from moco.evaluation import KNN, accuracy, better, in_words
 from moco.keeper import Keeper
 from moco.log import Log, describe, introduce
 from moco.optimizer import descend, warmup_cosine
+from moco.sources import labelled, load_data
 
 
 def parse_args(argv=None):
@@ -77,7 +78,7 @@ class Classifiers(nn.Module):
 def main(args):
     device, amp = distributed.set_up(args.device, args.amp, args.timeout)
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
-    dataset = data.labelled(data.load_data(args.data, args.data_root), args.data)
+    dataset = labelled(load_data(args.data, args.data_root), args.data)
     torch.manual_seed(args.seed)
     classes = dataset.classes if args.evaluate else None
     backbone, setting = checkpoint.create_downstream(args, classes)

@@ -23,6 +23,7 @@ from moco.evaluation import KNN
 from moco.keeper import Keeper
 from moco.log import Log, describe, draw_views, introduce
 from moco.optimizer import cosine_momentum, create_optimizer, descend, set_lr, warmup_cosine
+from moco.sources import load_data
 
 
 def parse_args(argv=None):
@@ -63,7 +64,7 @@ def main(args):
     folder = Path(args.output_dir or f"runs/{args.arch}")
     previous = checkpoint.find_previous(args, folder)
 
-    dataset = data.load_data(args.data, args.data_root)
+    dataset = load_data(args.data, args.data_root)
     batches = data.EpochBatches(len(dataset.train), args.batch_size, args.seed)
     crops = data.TwoCrops(dataset.train, args.img_size, args.crop_min, args.seed)
     loader = data.create_loader(crops, batches, args.workers, device, persistent=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from moco import UserError, reason
-from moco.data import NAMES
 from moco.distributed import leave
 from moco.keeper import Stop
+from moco.sources import NAMES
 
 
 class Parser(argparse.ArgumentParser):

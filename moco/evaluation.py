@@ -14,6 +14,7 @@ from moco.augment import normalize
 from moco.builder import features, unit
 from moco.distributed import rank, world
 from moco.keeper import check_signals
+from moco.sources import Arrays
 
 BATCH = 256  # images of one forward pass on one rank
 KNN_T = 0.07  # temperature of the votes (Wu et al. 2018, arXiv 1805.01978)
@@ -26,7 +27,7 @@ def batches(source, chosen, size, workers, device, bad=None, **crop):
     error.
     """
     # Starting workers takes longer than to hand over what is in memory already.
-    workers = 0 if isinstance(source, data.Arrays) else workers
+    workers = 0 if isinstance(source, Arrays) else workers
     shares = torch.arange(len(chosen)).split(BATCH)
     rounds = -(-len(shares) // world())  # of the ranks with the most
     shares = shares[rank() :: world()]

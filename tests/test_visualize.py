@@ -13,8 +13,8 @@ from moco import UserError
 from moco.augment import normalize
 from moco.backbones import create_backbone
 from moco.builder import features
-from moco.data import load_data
 from moco.log import distinct_names
+from moco.sources import load_data
 
 sys.path.insert(0, str(ROOT / "tools"))
 

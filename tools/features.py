@@ -33,6 +33,7 @@ from moco import UserError, checkpoint, cli, data, distributed
 from moco.builder import features
 from moco.distributed import rank, world
 from moco.evaluation import BATCH, batches
+from moco.sources import NAMES, Files, load_data
 
 
 def model_flags():
@@ -62,7 +63,7 @@ def main(args):
     source, index = load_split(args)
     model, setting = load_model(args, device)
     about = setting | dict(
-        data=args.data if args.data in data.NAMES else str(Path(args.data).resolve()),
+        data=args.data if args.data in NAMES else str(Path(args.data).resolve()),
         split=args.split,
         images=len(source),
         names_and_labels=digest(index.values()),
@@ -110,7 +111,7 @@ def load_model(args, device):
 
 def load_split(args):
     """--split of DIR → source, what is known of its images: paths, labels and classes, arrays."""
-    dataset = data.load_data(args.data, args.data_root)
+    dataset = load_data(args.data, args.data_root)
     if args.split == "val" and dataset.val is None:
         raise UserError(f"{args.data} has no val to take: {dataset.note}")
     source = dataset.val if args.split == "val" else dataset.bank or dataset.train
@@ -124,7 +125,7 @@ def load_split(args):
 
 def names(source, where):
     """Of each image its path below `where`; in memory, its number."""
-    if not isinstance(source, data.Files):
+    if not isinstance(source, Files):
         return [str(i) for i in range(len(source))]
     below = os.path.relpath(source.root, where)
     return [os.path.normpath(os.path.join(below, os.fsdecode(path))) for path in source.paths]
@@ -132,7 +133,7 @@ def names(source, where):
 
 def class_names(source):
     """Names of the class folders, in the order of the labels; [] where there are none."""
-    if not isinstance(source, data.Files) or source.labels is None:
+    if not isinstance(source, Files) or source.labels is None:
         return []
     firsts = np.unique(source.labels.numpy(), return_index=True)[1]
     return [os.fsdecode(source.paths[i]).split(os.sep)[0] for i in firsts]

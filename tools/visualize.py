@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from timm.layers import set_fused_attn
 from timm.utils import AttentionExtract
 
-from moco import UserError, checkpoint, cli, data, distributed
+from moco import UserError, checkpoint, cli, distributed
 from moco.augment import denormalize
 from moco.builder import unit
 from moco.evaluation import batches
 from moco.log import draw_curves
+from moco.sources import Files, load_data
 
 RIGHT, WRONG = "#1a9850", "#d7301f"  # frames of neighbours of the same class, and of another
 
@@ -73,7 +74,7 @@ def curves(args):
 
 def attention(args):
     device, amp = distributed.set_up(args.device, args.amp)
-    dataset = data.load_data(args.data, args.data_root)
+    dataset = load_data(args.data, args.data_root)
     source = dataset.val or dataset.train
     chosen = spread_out(source, args.images)
     set_fused_attn(False)  # a fused kernel shows no weights; a model asks when it is made
@@ -120,7 +121,7 @@ def draw_attention(images, maps, words):
 
 def neighbours(args):
     device, amp = distributed.set_up(args.device, args.amp)
-    dataset = data.load_data(args.data, args.data_root)
+    dataset = load_data(args.data, args.data_root)
     bank = dataset.bank or dataset.train
     source = dataset.val or bank
     chosen = spread_out(source, args.images)
@@ -196,7 +197,7 @@ def captions(dataset, source, indices):
     for i in indices.tolist():
         if source.labels is not None:
             text = classes[source.labels[i]] if classes else str(int(source.labels[i]))
-        elif isinstance(source, data.Files):
+        elif isinstance(source, Files):
             text = Path(os.fsdecode(source.paths[i])).stem
         else:
             text = str(i)
