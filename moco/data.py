@@ -79,7 +79,7 @@ class EpochBatches(Sampler):
 
 
 class TwoCrops:
-    """A batch of (epoch, index) → crops uint8 [2, N, 3, H, W], parameters float32 [2, N, COLUMNS].
+    """A batch of (epoch, index) → crops uint8 [2, N, C, H, W], parameters float32 [2, N, COLUMNS].
 
     size: (H, W) in pixels; crop_min: the smallest share of the area that a crop keeps. `checked`
     unpacks what is returned: Flawed where images could not be read; a UserError, because raised
@@ -92,7 +92,8 @@ class TwoCrops:
         self.ring = []
 
     def __getitems__(self, keys):
-        crops = self._memory(2, len(keys), *self.size, 3).permute(0, 1, 4, 2, 3)
+        channels = self.source.pixels.in_chans
+        crops = self._memory(2, len(keys), *self.size, channels).permute(0, 1, 4, 2, 3)
         rows, bad = np.empty((2, len(keys), COLUMNS), np.float32), {}
         for n, (epoch, index) in enumerate(keys):
             rng = np.random.default_rng((self.seed, epoch, index))
@@ -162,7 +163,7 @@ def crop_box(rng, height, width, crop_min):
 
 
 def resized_crop(image, box, size):
-    """uint8 [3, H, W] → [3, *size]; box: top, left, height, width."""
+    """uint8 [C, H, W] → [C, *size]; box: top, left, height, width."""
     top, left, height, width = box
     cut = image[None, :, top : top + height, left : left + width]
     # torch's fastest kernel wants the colours of a pixel side by side, and no gap between rows.
@@ -171,7 +172,7 @@ def resized_crop(image, box, size):
 
 
 class LabelledCrop:
-    """A batch of (epoch, index) → uint8 [N, 3, H, W], labels [N]: random crop and flip.
+    """A batch of (epoch, index) → uint8 [N, C, H, W], labels [N]: random crop and flip.
 
     The training views of the linear protocol; arguments and errors as TwoCrops has them.
     """
@@ -199,7 +200,7 @@ class LabelledCrop:
 
 
 class CentreCrop:
-    """A batch of indices → uint8 [N, 3, H, W], without augmentation; which of the indices, [N].
+    """A batch of indices → uint8 [N, C, H, W], without augmentation; which of the indices, [N].
 
     As in the linear protocol, resized to 256/224 of `size` and cut; an image of `size` stays as is.
     Nothing takes the place of what can't be read: N is smaller, and what is returned is Flawed.
@@ -217,8 +218,8 @@ class CentreCrop:
                 shown.append(n)
             except Unreadable as error:
                 bad[error.path] = error.reason
-        views = torch.stack(views) if views else torch.empty(0, 3, *self.size, dtype=torch.uint8)
-        batch = views, torch.tensor(shown, dtype=torch.long)
+        none = torch.empty(0, self.source.pixels.in_chans, *self.size, dtype=torch.uint8)
+        batch = torch.stack(views) if views else none, torch.tensor(shown, dtype=torch.long)
         return Flawed(batch, bad) if bad else batch
 
     def _view(self, image):

@@ -37,7 +37,7 @@ def batches(source, chosen, size, workers, device, bad=None, **crop):
     for share, (images, shown) in zip(shares, data.checked(loader, bad)):
         if len(shown):
             images = images.to(device, non_blocking=device.type == "cuda")
-            yield share[shown], normalize(images.float() / 255)
+            yield share[shown], normalize(images.float() / 255, source.pixels)
         check_signals()
     if len(shares) < rounds:
         check_signals()
@@ -56,7 +56,7 @@ def everyone(x):
 def accuracy(classify, heads, source, size, workers, device, bad=None, **crop):
     """Accuracy of several classifiers in one pass over labelled images → [(top-1, top-5)], in %.
 
-    classify: normalised images [n, 3, H, W] → logits [n, classes] of each of the `heads`. With
+    classify: normalised images [n, C, H, W] → logits [n, classes] of each of the `heads`. With
     fewer than 5 classes top-5 is 100. An image that can't be read counts as not recognised. `crop`
     goes to data.CentreCrop.
     """

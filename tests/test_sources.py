@@ -1,6 +1,7 @@
 """What a user's folder becomes, and how an image is read."""
 
 import hashlib
+import os
 import pickle
 import struct
 import time
@@ -13,8 +14,9 @@ import torchvision
 from PIL import Image
 
 from moco import UserError
+from moco.augment import Pixels
 from moco.data import CentreCrop, TwoCrops
-from moco.sources import decode, load_data
+from moco.sources import Arrays, Unreadable, decode, load_data
 
 
 def test_digits_are_split_four_to_one_without_overlap():
@@ -45,7 +47,7 @@ def test_plain_folder_has_no_labels_and_says_so(image_file, tmp_path):
 def test_folders_with_images_out_of_place_are_refused(image_file, tmp_path):
     for name in ("train/a/x.png", "val/y.png"):
         image_file(name)
-    with pytest.raises(UserError, match="val has no class folders"):
+    with pytest.raises(UserError, match="val has no class folders, while"):
         load_data(str(tmp_path))
     image_file("train/z.png")
     with pytest.raises(UserError, match="1 images beside them"):
@@ -56,7 +58,7 @@ def test_folder_without_val_has_no_knn(image_file, tmp_path):
     image_file("train/a/x.png")
     assert "no val/" in load_data(str(tmp_path)).note
     image_file("val/other/y.png")
-    with pytest.raises(UserError, match="classes that train/ lacks: other"):
+    with pytest.raises(UserError, match="classes that train lacks: other"):
         load_data(str(tmp_path))
 
 
@@ -218,6 +220,222 @@ def test_points_and_strips_are_read_and_cropped(image_file, tmp_path, height, wi
     began = time.perf_counter()
     assert CentreCrop(source, (224, 224)).__getitems__([0])[0].shape == (1, 3, 224, 224)
     assert time.perf_counter() - began < 1  # not by way of 256 × 768,000 pixels
+
+
+# Other numbers of channels.
+
+DEEP = np.random.default_rng(0).integers(0, 10_000, (40, 60, 6), dtype=np.uint16)
+
+
+def channels(path, n, max_value=None):
+    """What is read, as [H, W, C]."""
+    image = decode(str(path), Pixels(n, max_value=max_value))
+    assert image.dtype == torch.uint8 and len(image) == n
+    return image.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("name", ["pages.tif", "samples.tif", "planes.tif", "deflate.tif", "a.npy"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_multispectral_images_keep_channels_and_range(tmp_path, name, dtype):
+    path = tmp_path / name
+    if name == "a.npy":
+        np.save(path, DEEP.astype(dtype))
+    else:
+        tifffile = pytest.importorskip("tifffile")
+        pages = name in ("pages.tif", "planes.tif")
+        tifffile.imwrite(
+            path, np.moveaxis(DEEP, 2, 0).astype(dtype) if pages else DEEP.astype(dtype),
+            photometric="minisblack", compression="zlib" if name == "deflate.tif" else None,
+            planarconfig={"pages.tif": None, "planes.tif": "separate"}.get(name, "contig"),
+        )  # fmt: skip
+    stored = DEEP.astype(dtype)
+    if dtype == np.uint8:
+        assert np.array_equal(channels(path, 6), stored)
+    elif dtype == np.uint16:
+        assert np.array_equal(channels(path, 6), stored // 257)
+    else:
+        with pytest.raises(Unreadable, match="float32, whose range is unknown: --max-value"):
+            channels(path, 6)
+    if dtype != np.uint8:
+        expected = np.minimum(stored / (5000 / 255), 255)
+        assert np.abs(channels(path, 6, max_value=5000) - expected).max() < 1.001
+    with pytest.raises(Unreadable, match=r"6 channel\(s\), not --in-chans 4"):
+        channels(path, 4)
+
+
+def test_gray_is_the_luminance_of_colours(tmp_path):
+    picture = Image.fromarray(PICTURE)
+    expected = np.asarray(picture.convert("L"))[..., None]
+    for name, image, tolerance in (
+        ("a.png", picture, 0),
+        ("alpha.png", picture.convert("RGBA"), 0),
+        ("gray.png", picture.convert("L"), 0),
+        ("a.jpg", picture.convert("L"), 12),
+        ("cmyk.tif", picture.convert("CMYK"), 1),
+    ):
+        image.save(tmp_path / name)
+        error = np.abs(channels(tmp_path / name, 1) - expected.astype(int))
+        assert error.max() <= tolerance, name
+    np.save(tmp_path / "rgb.npy", PICTURE)
+    assert np.array_equal(channels(tmp_path / "rgb.npy", 1), expected)
+    np.save(tmp_path / "gray.npy", expected[..., 0])
+    assert np.array_equal(channels(tmp_path / "gray.npy", 3), expected.repeat(3, 2))
+
+    digits = load_data("digits", pixels=Pixels(1)).train
+    assert torch.equal(digits.read(7), digits.images[7][:1])
+    colour = Arrays(torch.from_numpy(PICTURE).permute(2, 0, 1)[None])
+    colour.pixels = Pixels(1)
+    assert np.abs(colour.read(0)[0].numpy() - expected[..., 0].astype(int)).max() <= 1
+
+
+def test_four_channels_are_those_of_the_file(tmp_path):
+    rgba = np.dstack([PICTURE, Y.astype(np.uint8)])
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    assert np.array_equal(channels(tmp_path / "a.png", 4), rgba)
+
+
+def test_max_value_is_white_in_deep_gray_files(tmp_path):
+    twelve_bits = RAMP // 16
+    Image.fromarray(twelve_bits).save(tmp_path / "a.png")
+    Image.fromarray(twelve_bits).save(tmp_path / "a.tif")
+    for name in ("a.png", "a.tif"):
+        for n in (1, 3):
+            found = channels(tmp_path / name, n, max_value=4095)
+            assert np.abs(found - twelve_bits[..., None] / 4095 * 255).max() < 1.001
+            assert found.max() == 255
+    (tmp_path / "rgb.png").write_bytes(png_of_16_bits(np.stack([RAMP] * 3, -1)))
+    with pytest.raises(Unreadable, match="--max-value can't act"):
+        channels(tmp_path / "rgb.png", 3, max_value=4095)
+
+
+def test_damaged_arrays_and_tiffs_are_found_out(tmp_path, capfd):
+    tifffile = pytest.importorskip("tifffile")
+    np.save(tmp_path / "whole.npy", DEEP)
+    tifffile.imwrite(tmp_path / "whole.tif", DEEP, photometric="minisblack", compression="zlib")
+    for kind in ("npy", "tif"):
+        whole = (tmp_path / f"whole.{kind}").read_bytes()
+        for length in (8, 100, len(whole) // 2, len(whole) - 50):
+            (tmp_path / "cut").write_bytes(whole[:length])
+            with pytest.raises(Unreadable):
+                channels(tmp_path / "cut", 6)
+    assert not capfd.readouterr().err  # tifffile logs what it raises
+    for array in (np.array({}), np.zeros((2, 3, 4, 5)), np.zeros((0, 5, 6)), np.zeros((6, 9, 9))):
+        np.save(tmp_path / "a.npy", array, allow_pickle=True)
+        with pytest.raises(Unreadable):
+            channels(tmp_path / "a.npy", 6)
+    array = np.full((4, 5, 6), 0.5)
+    array[0] = np.nan
+    np.save(tmp_path / "a.npy", array)
+    assert channels(tmp_path / "a.npy", 6, max_value=1).flatten().tolist() == [0] * 30 + [127] * 90
+
+
+def test_arrays_are_listed_where_images_have_other_than_three_channels(image_file, tmp_path):
+    image_file("a.png")
+    np.save(tmp_path / "b.npy", DEEP)
+    assert len(load_data(str(tmp_path)).train) == 1
+    assert len(load_data(str(tmp_path), pixels=Pixels(6)).train) == 2
+
+
+# Lists.
+
+
+def test_a_list_names_paths_below_its_folder_and_labels_after_a_tab(image_file, tmp_path):
+    for name in ("b c/x 1.png", "a.png", "d.png"):
+        image_file(f"set/{name}")
+    (tmp_path / "set" / "link.png").symlink_to(image_file("elsewhere.png"))
+    path = tmp_path / "set" / "list.txt"
+    path.write_bytes("\ufeffb c/x 1.png\t10\r\n\na.png\t9\n./b c/../link.png\t10 \n".encode())
+    data = load_data(str(path))
+    assert [os.fsdecode(p) for p in data.train.paths] == ["b c/x 1.png", "a.png", "link.png"]
+    assert data.train.labels.tolist() == [1, 0, 1] and data.names == ["9", "10"]
+    assert all(data.train.read(i).shape == (3, 40, 60) for i in range(3))
+    assert "single list" in data.note and data.val is None
+    path.write_text("a.png\nd.png\n")
+    assert load_data(str(path)).train.labels is None
+
+    (tmp_path / "set" / "train.txt").write_text("a.png\tcat\nd.png\ta dog\n")
+    assert len(load_data(str(tmp_path / "set")).train) == 4  # one of the two files is no data set
+    (tmp_path / "set" / "val.txt").write_text("b c/x 1.png\tcat\n")
+    data = load_data(str(tmp_path / "set"))
+    assert (data.names, data.classes) == (["a dog", "cat"], 2)
+    assert data.bank.labels.tolist() == [1, 0] and data.val.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ("a.png\n/etc/b.png", "line 2: /etc/b.png leads out of the folder of the list"),
+        ("a.png\n\n../b.png", "line 3: ../b.png leads out"),
+        ("x/../../b.png\t1", "line 1: ../b.png leads out"),
+        ("a.png 3", "line 1: a.png 3 is no name of an image .* a label goes after a tab"),
+        ("a.png\t1\nb.png", "line 2: either each line has a label, or none has"),
+        ("\n \n", "names no images"),
+    ],
+)
+def test_a_line_of_a_list_that_cannot_be_is_named(tmp_path, lines, words):
+    path = tmp_path / "list.txt"
+    path.write_text(lines)
+    with pytest.raises(UserError, match=words):
+        load_data(str(path))
+
+
+def test_class_folders_are_in_the_order_of_the_alphabet(image_file, tmp_path):
+    for name in ("a", "a-b", "10", "9"):
+        image_file(f"train/{name}/x.png")
+    data = load_data(str(tmp_path))
+    assert data.names == ["10", "9", "a", "a-b"] and data.train.labels.tolist() == [0, 1, 2, 3]
+    assert [os.fsdecode(p) for p in data.train.paths] == [f"{n}/x.png" for n in data.names]
+    (tmp_path / "train" / "empty").mkdir()
+    with pytest.raises(UserError, match="train/empty holds no images"):
+        load_data(str(tmp_path))
+
+
+# Hugging Face's data sets.
+
+
+def saved_set(folder, kind=None, **columns):
+    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
+    datasets.disable_progress_bars()
+    features = kind and datasets.Features(kind(datasets))
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder)
+    return f"hf:{folder}"
+
+
+def test_rows_are_read_as_files_are(image_file, tmp_path):
+    paths = [image_file(f"{i}.png", height=20 + i) for i in range(3)]
+    images = [
+        {"bytes": paths[0].read_bytes(), "path": None},
+        {"bytes": None, "path": str(paths[1])},
+        {"bytes": b"no image", "path": "2.png"},
+        None,
+    ]
+    where = saved_set(
+        tmp_path / "set",
+        lambda d: {"image": d.Image(), "label": d.Value("string")},
+        image=images, label=["b", "a", "b", "b"],
+    )  # fmt: skip
+    assert load_data(where).train.labels is None  # a string may be anything
+    data = load_data(where, hf_columns=["image", "label"])
+    assert data.names == ["a", "b"] and data.train.labels.tolist() == [1, 0, 1, 1]
+    assert "no split to validate" in data.note
+    for i in range(2):
+        assert torch.equal(data.train.read(i), decode(str(paths[i])))
+    gray = load_data(where, pixels=Pixels(1)).train
+    assert torch.equal(gray.read(0), decode(str(paths[0]), Pixels(1)))
+    for i, words in ((2, "no image of a known format"), (3, "NoneType")):
+        with pytest.raises(Unreadable, match=words) as error:
+            data.train.read(i)
+        assert error.value.path == f"{where} train, row {i}"
+
+
+def test_labels_that_are_kept_secret_are_none(image_file, tmp_path):
+    image = {"bytes": image_file("a.png").read_bytes(), "path": None}
+    where = saved_set(
+        tmp_path / "set",
+        lambda d: {"image": d.Image(), "label": d.ClassLabel(names=["a", "b"])},
+        image=[image, image], label=[-1, -1],
+    )  # fmt: skip
+    assert load_data(where).train.labels is None
 
 
 # The published sets, in their own formats, three images large.

@@ -26,8 +26,8 @@ def draw(picture, pretrained, out, *flags, where="digits"):
     name, calls = f"draw_{picture}", []
     drawer = getattr(visualize, name)
 
-    def remember(*args):
-        calls.append((args, drawer(*args)))
+    def remember(*args, **kwargs):
+        calls.append((args, drawer(*args, **kwargs)))
         return calls[-1][1]
 
     flags = ["--workers", "0", "--device", "cpu", "--amp", "off", "--out", out, *flags]
