@@ -25,6 +25,7 @@ from torchvision import transforms
 
 from moco import data
 from moco.augment import MEAN, STD
+from moco.sources import Files
 
 SIZE, CROP_MIN, BATCH = 224, 0.08, 32
 
@@ -42,7 +43,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photographs(Path(folder), count)
-        crops = data.TwoCrops(data.Files(folder, paths), (SIZE, SIZE), CROP_MIN, seed=0)
+        crops = data.TwoCrops(Files(folder, paths), (SIZE, SIZE), CROP_MIN, seed=0)
         views = [usual_view(sigma_p=1.0), usual_view(sigma_p=0.1, solarize_p=0.2)]
 
         def usual():

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import step
 
 
-@pytest.mark.parametrize("name", ["attention", "loader", "memory", "probe", "soak"])
+@pytest.mark.parametrize("name", ["attention", "listing", "loader", "memory", "probe", "soak"])
 def test_a_benchmark_runs(name):
     done = launch(1, f"benchmarks/{name}.py", "--quick")
     assert done.returncode == 0, done.stderr
