@@ -78,7 +78,8 @@ def test_a_position_table_of_another_grid_is_resampled(tmp_path):
     wide = MoCo(create_backbone("vit_nano", (16, 64), 4), dim=32, mlp_dim=64)
     path = saved(tmp_path, wide, img_size=(16, 64))
     args = SimpleNamespace(pretrained=path, arch=None, img_size=(32, 32), patch_size=None,
-                           small_stem=False, from_scratch=False)  # fmt: skip
+                           small_stem=False, from_scratch=False,
+                           in_chans=None, mean=None, std=None, max_value=None)  # fmt: skip
     square, _ = checkpoint.create_downstream(args)
     table = wide.base_encoder.pos_embed
     assert square.pos_embed.shape == table.shape  # 4×16 cells and 8×8

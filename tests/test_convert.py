@@ -71,7 +71,8 @@ def assert_same(found, expected):
 def load_ours(path, classes=None):
     """As main_lincls.py does."""
     args = SimpleNamespace(pretrained=path, arch=None, img_size=None, patch_size=None,
-                           small_stem=False, from_scratch=False)  # fmt: skip
+                           small_stem=False, from_scratch=False, in_chans=None, mean=None,
+                           std=None, max_value=None)  # fmt: skip
     return checkpoint.create_downstream(args, classes)[0].eval()
 
 
