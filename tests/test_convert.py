@@ -261,6 +261,7 @@ def test_other_numbers_of_channels_are_kept(tmp_path):
     folder = tmp_path / "gray"
     folder.mkdir()
     gray = create_backbone("resnet18", in_chans=1).state_dict()
+    gray = {key: value.contiguous() for key, value in gray.items()}
     save_file(gray, folder / "model.safetensors")
     config = dict(architecture="resnet18", model_args=dict(in_chans=1),
                   pretrained_cfg=dict(input_size=(1, 64, 64)))  # fmt: skip
