@@ -279,7 +279,7 @@ def _files(where, extensions):
         train, val = _read_list(root, extensions), None
         return _labelled(where, train, val, no_val="a single list has no images to validate")
     if not root.is_dir():
-        what = "is a file, no folder and no .txt" if root.exists() else "does not exist"
+        what = "is a file, not a folder or a .txt" if root.exists() else "does not exist"
         raise UserError(
             f"{where} {what}: give a folder of images, a list.txt, hf:NAME, or one of: "
             f"{' '.join(NAMES)}"
