@@ -196,7 +196,8 @@ def run(main, parse_args):
     except KeyboardInterrupt:
         code = 130
         if os.environ.get("RANK", "0") == "0":
-            print(f"{script}: interrupted", file=sys.stderr)
+            hint = "; --resume auto continues" if script.startswith("main_") else ""
+            print(f"{script}: interrupted{hint}", file=sys.stderr)
     except (MemoryError, OSError, RuntimeError) as unforeseen:
         code, error = 1, explain(unforeseen)
         if not error:

@@ -305,8 +305,8 @@ class BadImages:
             if resumed and self.path.exists():
                 lines = self.path.read_text(encoding="utf-8").splitlines()
                 self.news = dict(line.split("\t", 1) for line in lines if "\t" in line)
-            else:
-                self.path.unlink(missing_ok=True)
+            elif self.path.exists():
+                self.path.unlink()
 
     def meet(self):
         """All ranks together: what each has found since is told. UserError if that is too much."""
