@@ -21,22 +21,26 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import NAME_TO_OP
+from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from moco import UserError, checkpoint, cli, data, distributed, evaluation
+from moco.augment import RGB
 from moco.backbones import Classifier, check_precision
 from moco.keeper import Keeper
 from moco.log import Log, describe, introduce
 from moco.optimizer import descend
+from moco.sources import labelled
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__, parents=[cli.shared_flags(), cli.downstream_flags()])
-    parser.set_defaults(arch=None, img_size=None, batch_size=1024)
+    parser.set_defaults(arch=None, img_size=None, in_chans=None, batch_size=1024)
     add = parser.add_argument
     add("--lr", type=cli.positive_float, default=2.5e-4, help="base rate of AdamW; used: "
         "lr · batch/256 (DeiT's 5e-4 · batch/512)")  # fmt: skip
@@ -82,29 +86,33 @@ def parse_args(argv=None):
 def main(args):
     device, amp = distributed.set_up(args.device, args.amp, args.timeout)
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
-    dataset = data.labelled(data.load_data(args.data, args.data_root), args.data)
     if args.evaluate:
         weights = "ema" if args.evaluate_ema else "state_dict"
-        model, setting = checkpoint.create_downstream(args, dataset.classes, weights)
+        model, setting = checkpoint.create_downstream(args, classifier=True, weights=weights)
         model.to(device)
+        dataset = labelled(cli.images(args, setting), args.data)
+        checkpoint.check_classes(model, dataset.classes, args.pretrained)
         bad = data.BadImages(args.max_bad_images, len(dataset.val))
         found = measure(model, dataset, setting["img_size"], args.workers, autocast, bad)
         distributed.say(
             f"{evaluation.in_words(*found, dataset.classes)} on {len(dataset.val):,} images"
         )
     else:
-        finetune(args, dataset, device, amp, autocast)
+        finetune(args, device, amp, autocast)
 
 
-def finetune(args, dataset, device, amp, autocast):
+def finetune(args, device, amp, autocast):
     torch.manual_seed(args.seed)  # the same weights on every rank
-    model, setting = create_model(args, dataset.classes, device, amp)
+    model, setting = checkpoint.create_downstream(args, drop_path=args.drop_path)
+    dataset = labelled(cli.images(args, setting), args.data)
+    model = prepare(model, setting, dataset.classes, device, amp)
     folder = cli.output_folder(args, setting["arch"], "finetune")
     previous = checkpoint.find_previous(args, folder)
     size, training_set = setting["img_size"], dataset.bank
 
     batches = data.EpochBatches(len(training_set), args.batch_size, args.seed, args.repeated_aug)
-    views = Augmented(training_set, create_augmentation(args, size), args.seed)
+    augmentation = create_augmentation(args, size, training_set.pixels)
+    views = Augmented(training_set, augmentation, args.seed)
     loader = data.create_loader(views, batches, args.workers, device, persistent=True)
     mixup = create_mixup(args, dataset.classes)
 
@@ -176,7 +184,7 @@ def train_one_epoch(
         else:
             schedule.step(keeper.epoch)
 
-        images = images.to(device, non_blocking=device.type == "cuda")  # [N, 3, H, W]
+        images = images.to(device, non_blocking=device.type == "cuda")  # [N, C, H, W]
         labels = labels.to(device, non_blocking=device.type == "cuda")  # [N]
         if mixup:
             images, labels = mixup(images, labels)  # labels: [N, classes]
@@ -191,16 +199,15 @@ def train_one_epoch(
         keeper.step(step + 1)
 
 
-def create_model(args, classes, device, amp):
+def prepare(model, setting, classes, device, amp):
     """The backbone, all of it trainable (patch projection, position too), and a new classifier."""
-    model, setting = checkpoint.create_downstream(args, drop_path=args.drop_path)
-    check_precision(model, setting["img_size"], device, amp)
+    check_precision(model, setting["img_size"], device, amp, setting["in_chans"])
     model.requires_grad_(True)
     classifier = Classifier(model.num_features, classes)
     nn.init.trunc_normal_(classifier.weight, std=0.02)
     nn.init.zeros_(classifier.bias)
     model.set_submodule(model.classifier_name, classifier)
-    return distributed.synchronize_batchnorm(model, device).to(device), setting
+    return distributed.synchronize_batchnorm(model, device).to(device)
 
 
 def create_optimizer(args, model, arch):
@@ -234,7 +241,11 @@ def create_schedule(args, optimizer, epoch_steps):
     )
 
 
-def create_augmentation(args, size):
+def create_augmentation(args, size, pixels=RGB):
+    """Of a uint8 image [C, H, W] → float32 [C, *size], normalised."""
+    if pixels.in_chans not in (1, 3):
+        return create_without_policy(args, size, pixels)
+    colours = 3 // pixels.in_chans  # to timm gray is RGB, whose channels remain alike
     try:
         transform = create_transform(
             (3, *size),
@@ -243,14 +254,39 @@ def create_augmentation(args, size):
             color_jitter=0.0,
             auto_augment=None if args.aa == "none" else args.aa,
             interpolation="bicubic",
+            mean=pixels.mean * colours,
+            std=pixels.std * colours,
             re_prob=args.reprob,
             re_mode="pixel",
         )
         with seeded(0):  # some policies fail at an image only
             transform(Image.new("RGB", (8, 8)))
-        return transform
     except (AssertionError, KeyError, ValueError):
         raise UserError(f"--aa {args.aa} is no policy that timm knows, or none") from None
+    return partial(_through_pil, transform)
+
+
+def _through_pil(transform, image):
+    return transform(tv.to_pil_image(image.expand(3, -1, -1)))[: len(image)]
+
+
+def create_without_policy(args, size, pixels):
+    """The same for channels that PIL can't hold."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    if args.aa != "none":
+        raise UserError(
+            f"--aa {args.aa} draws on RGB and gray, the images have {pixels.in_chans} channels: "
+            "--aa none"
+        )
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(size, (args.crop_min, 1.0), interpolation=bicubic),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(pixels.mean, pixels.std),
+            RandomErasing(args.reprob, mode="pixel", device="cpu"),
+        ]
+    )
 
 
 def create_mixup(args, classes):
@@ -270,7 +306,7 @@ NAME_TO_OP["PosterizeIncreasing"] = NAME_TO_OP["Posterize"] = posterize
 
 
 class Augmented:
-    """A batch of (epoch, index) → float32 [N, 3, H, W], labels [N]; `transform` of a PIL image."""
+    """A batch of (epoch, index) → float32 [N, C, H, W], labels [N]; transform: of one image."""
 
     def __init__(self, source, transform, seed):
         self.source, self.transform, self.seed = source, transform, seed
@@ -287,7 +323,7 @@ class Augmented:
     def _view(self, epoch, index, bad):
         image, shown = data.readable(self.source, (self.seed, epoch, index), bad)
         with seeded(self.seed, epoch, index):
-            return self.transform(tv.to_pil_image(image)), shown
+            return self.transform(image), shown
 
     def __len__(self):
         return len(self.source)

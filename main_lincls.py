@@ -18,18 +18,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco import checkpoint, cli, data, distributed
-from moco.augment import normalize
+from moco.augment import RGB, normalize
 from moco.builder import features
 from moco.distributed import ViewBatchNorm, at_least_fp32
 from moco.evaluation import KNN, accuracy, better, in_words
 from moco.keeper import Keeper
 from moco.log import Log, describe, introduce
 from moco.optimizer import descend, warmup_cosine
+from moco.sources import labelled
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__, parents=[cli.shared_flags(), cli.downstream_flags()])
-    parser.set_defaults(arch=None, img_size=None, epochs=90, batch_size=1024)
+    parser.set_defaults(arch=None, img_size=None, in_chans=None, epochs=90, batch_size=1024)
     add = parser.add_argument
     add("--lr", type=cli.positive_float, nargs="+", default=[0.1], metavar="LR", help="base rates, "
         "a classifier for each; used: lr · batch/256")  # fmt: skip
@@ -79,10 +80,9 @@ class Classifiers(nn.Module):
 def main(args):
     device, amp = distributed.set_up(args.device, args.amp, args.timeout)
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
-    dataset = data.labelled(data.load_data(args.data, args.data_root), args.data)
     torch.manual_seed(args.seed)
-    classes = dataset.classes if args.evaluate else None
-    backbone, setting = checkpoint.create_downstream(args, classes)
+    backbone, setting = checkpoint.create_downstream(args, classifier=args.evaluate)
+    dataset = labelled(cli.images(args, setting), args.data)
     backbone.requires_grad_(False).eval().to(device)  # frozen, BatchNorm's statistics as well
     size = setting["img_size"]
 
@@ -93,6 +93,7 @@ def main(args):
         for k, found in zip(ks, knn(backbone, autocast, ks, bad)):
             distributed.say(f"kNN     {found:.2f} % with k {k}, bank {len(knn.chosen):,}")
     if args.evaluate:
+        checkpoint.check_classes(backbone, dataset.classes, args.pretrained)
         classifiers = Classifiers([backbone.get_submodule(backbone.classifier_name)])
         bad = data.BadImages(args.max_bad_images, len(dataset.val))
         [found] = measure(backbone, classifiers, dataset, size, args.workers, autocast, bad)
@@ -167,23 +168,23 @@ def probe(args, dataset, backbone, setting, device, amp, autocast):
 def train_one_epoch(ddp, backbone, loader, optimizer, autocast, args, log, keeper):
     """What is left of an epoch: one forward of the backbone for all classifiers."""
     ddp.train()
-    device = next(backbone.parameters()).device
+    device, pixels = next(backbone.parameters()).device, loader.dataset.source.pixels
     for group, rate in zip(optimizer.param_groups, rates(args, keeper.epoch)):
         group["lr"] = rate
     settings = {f"lr {lr:g}": rate for lr, rate in zip(args.lr, rates(args, keeper.epoch))}
     loader.batch_sampler.start(keeper.epoch, keeper.iteration)
     for step, (crops, labels) in enumerate(log.timed(loader), keeper.iteration):
-        losses = train_step(ddp, backbone, optimizer, autocast, crops, labels, device)
+        losses = train_step(ddp, backbone, optimizer, autocast, crops, labels, device, pixels)
         log.step(step + 1, settings, loss=losses.nan_to_num(nan=torch.inf, posinf=torch.inf).min())
         keeper.step(step + 1)
 
 
-def train_step(classifiers, backbone, optimizer, autocast, crops, labels, device):
-    """crops: uint8 [N, 3, H, W], labels: [N] → the loss of each classifier."""
+def train_step(classifiers, backbone, optimizer, autocast, crops, labels, device, pixels=RGB):
+    """crops: uint8 [N, C, H, W], labels: [N] → the loss of each classifier."""
     crops = crops.to(device, non_blocking=device.type == "cuda")
     labels = labels.to(device, non_blocking=device.type == "cuda")
     with torch.no_grad(), autocast():
-        h = features(backbone, normalize(crops.float() / 255))  # [N, d]
+        h = features(backbone, normalize(crops.float() / 255, pixels))  # [N, d]
     logits = classifiers(at_least_fp32(h))  # [N, classes] each
     losses = torch.stack([F.cross_entropy(y, labels) for y in logits])
     no_scaling = torch.amp.GradScaler(enabled=False)  # the classifiers are in fp32

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from moco import checkpoint, cli, data, distributed
-from moco.augment import Views, augment
+from moco.augment import Pixels, Views, augment
 from moco.backbones import check_precision, create_backbone
 from moco.builder import MoCo
 from moco.evaluation import KNN
@@ -63,7 +63,8 @@ def main(args):
     folder = Path(args.output_dir or f"runs/{args.arch}")
     previous = checkpoint.find_previous(args, folder)
 
-    dataset = data.load_data(args.data, args.data_root)
+    setting = backbone_setting(args) | Pixels.chosen(args)._asdict()
+    dataset = cli.images(args, setting)
     cli.check_apart(folder, args.data)
     batches = data.EpochBatches(len(dataset.train), args.batch_size, args.seed)
     crops = data.TwoCrops(dataset.train, args.img_size, args.crop_min, args.seed)
@@ -86,7 +87,7 @@ def main(args):
     distributed.check_agreement(device, images=len(dataset.train), steps=iteration)
     ddp = distributed.parallel(model, device)
 
-    about = describe(args, device, amp, **backbone_setting(args))
+    about = describe(args, device, amp, **setting)
     parameters = sum(p.numel() for p in model.parameters())
     introduce(
         folder,
@@ -95,9 +96,10 @@ def main(args):
         data=f"{args.data}: {dataset}",
         batch=batches,
         rate=f"{args.lr:g} · {args.batch_size}/256 = {peak_lr(args):g}, {args.optimizer}",
+        **left_out(args.in_chans),
     )
     if distributed.rank() == 0:
-        draw_views(folder, *first_views(crops, device, bad))
+        draw_views(folder, *first_views(crops, device, bad), crops.source.pixels)
 
     def get_state():
         log.check_weights(model)
@@ -125,7 +127,7 @@ def main(args):
 def train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, args, log, keeper):
     """What is left of an epoch; `ddp` is `model`, or the model wrapped for several processes."""
     ddp.train()
-    device = next(model.parameters()).device
+    device, pixels = next(model.parameters()).device, Pixels.chosen(args)
     loader.batch_sampler.start(keeper.epoch, keeper.iteration)
     for step, (crops, rows) in enumerate(log.timed(loader), keeper.iteration):
         t = step / len(loader)  # in epochs
@@ -133,11 +135,11 @@ def train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, args, log, 
         m = cosine_momentum(t, args.epochs, args.moco_m) if args.moco_m_cos else args.moco_m
         set_lr(optimizer, lr)
 
-        crops = crops.to(device, non_blocking=device.type == "cuda")  # uint8 [2, N, 3, H, W]
+        crops = crops.to(device, non_blocking=device.type == "cuda")  # uint8 [2, N, C, H, W]
         if args.encode_chunk:
-            x1, x2 = map(Views, crops, rows)
+            x1, x2 = (Views(*view, pixels) for view in zip(crops, rows))
         else:
-            x1, x2 = augment(crops.flatten(0, 1), rows.flatten(0, 1)).chunk(2)
+            x1, x2 = augment(crops.flatten(0, 1), rows.flatten(0, 1), pixels).chunk(2)
         with autocast():
             loss, monitors = ddp(x1, x2)
 
@@ -153,24 +155,31 @@ def peak_lr(args):
 
 def backbone_setting(args):
     """What a checkpoint must say for the backbone to be created again."""
-    names = ("arch", "img_size", "patch_size", "small_stem")
+    names = ("arch", "img_size", "patch_size", "small_stem", "in_chans")
     return {name: getattr(args, name) for name in names}
 
 
 def create_model(args, device, amp):
     torch.manual_seed(args.seed)  # the same weights on every rank
     backbone = create_backbone(**backbone_setting(args), stop_grad_conv1=args.stop_grad_conv1)
-    check_precision(backbone, args.img_size, device, amp)
+    check_precision(backbone, args.img_size, device, amp, args.in_chans)
     backbone = distributed.synchronize_batchnorm(backbone, device)
     heads = (args.moco_dim, args.moco_mlp_dim, args.moco_t)
     return MoCo(backbone, *heads, args.encode_chunk, args.compile).to(device)
 
 
+def left_out(in_chans):
+    """What the augmentation leaves out, as a line for `introduce`."""
+    colours = f"{in_chans} channel(s): without saturation, hue and grayscale, which need red, green"
+    return {} if in_chans == 3 else {"views": f"{colours} and blue"}
+
+
 def first_views(crops, device, bad):
-    """The first ten images, as the first epoch shows them → x1, x2, [10, 3, H, W]."""
+    """The first ten images, as the first epoch shows them → x1, x2, [10, C, H, W]."""
     batch = crops.__getitems__([(0, i) for i in range(min(10, len(crops)))])
     images, rows = next(data.checked([batch], bad))
-    return augment(images.flatten(0, 1).to(device), rows.flatten(0, 1)).chunk(2)
+    pixels = crops.source.pixels
+    return augment(images.flatten(0, 1).to(device), rows.flatten(0, 1), pixels).chunk(2)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 JPEGs of 500×375, quality 92, cut from scikit-learn's two photographs; two views of 224 pixels.
 Images a second, one process and one thread: (a) PIL, torchvision's v1 transforms, two float views;
 (b) our worker's half, two uint8 crops and the parameters of what the device will do; (c) decoding
-alone, the limit. Then (b) through the DataLoader that main_moco.py uses. Medians of rounds that
-take turns.
+alone, the limit. Then (b) through the DataLoader that main_moco.py uses, and the same with fresh
+memory for every batch. Medians of rounds that take turns.
 """
 
 import os
@@ -25,6 +25,7 @@ from torchvision import transforms
 
 from moco import data
 from moco.augment import MEAN, STD
+from moco.sources import Files
 
 SIZE, CROP_MIN, BATCH = 224, 0.08, 32
 
@@ -42,7 +43,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photographs(Path(folder), count)
-        crops = data.TwoCrops(data.Files(folder, paths), (SIZE, SIZE), CROP_MIN, seed=0)
+        crops = data.TwoCrops(Files(folder, paths), (SIZE, SIZE), CROP_MIN, seed=0)
         views = [usual_view(sigma_p=1.0), usual_view(sigma_p=0.1, solarize_p=0.2)]
 
         def usual():
@@ -65,9 +66,14 @@ def main():
                 start = time.perf_counter()
                 work()
                 rates[name].append(count / (time.perf_counter() - start))
-        through = loader_rate(crops, args.workers, 3 if args.quick else 80)
+        fresh = FreshMemory(crops.source, (SIZE, SIZE), CROP_MIN, seed=0)
+        batches, through = 3 if args.quick else 80, {"reused": [], "fresh": []}
+        for _ in range(rounds):
+            for name, dataset in zip(through, (crops, fresh)):
+                through[name].append(loader_rate(dataset, args.workers, batches))
 
     usual, ours, decoding = (statistics.median(values) for values in rates.values())
+    reused, fresh = (statistics.median(values) for values in through.values())
     report.finish(
         args, torch.device("cpu"), cores=os.cpu_count(),
         images_per_s_per_core={
@@ -77,8 +83,10 @@ def main():
         },
         loader={
             "workers": args.workers,
-            "images_per_s": round(through),
-            "share of workers · b": round(through / (args.workers * ours), 2),
+            "images_per_s": round(reused),
+            "share of workers · b": round(reused / (args.workers * ours), 2),
+            "images_per_s with fresh memory": round(fresh),
+            "reused/fresh": round(reused / fresh, 2),
         },
         **{"b/a": round(ours / usual, 2), "b/c": round(ours / decoding, 2)},
     )  # fmt: skip
@@ -114,6 +122,13 @@ def usual_view(sigma_p, solarize_p=0.0):
             transforms.Normalize(MEAN, STD),
         ]
     )
+
+
+class FreshMemory(data.TwoCrops):
+    """Without the shared memory that workers reuse."""
+
+    def _memory(self, *shape):
+        return torch.empty(shape, dtype=torch.uint8)
 
 
 def loader_rate(crops, workers, batches):

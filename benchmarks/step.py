@@ -1,32 +1,45 @@
-"""Speed of a pre-training step: images/s, TFLOP/s, the share of the hardware's peak, each part.
+"""Speed of a pre-training step: images/s, TFLOP/s, share of the hardware's peak, parts, levers.
 
     python benchmarks/step.py --arch vit_base --batch-size 512 --compile --out benchmarks/results/step.json
     python benchmarks/step.py --arch vit_small --batch-size 16 --plain
+    python benchmarks/step.py --arch vit_small --batch-size 16 --levers
     python benchmarks/step.py --quick
 It drives main_moco.py's own train_one_epoch on random crops that lie in memory, augmentation
-included. --plain measures the textbook step beside it in the same run, the two taking turns: eager,
-each view by itself, attention by an explicit softmax, momentum update and AdamW parameter by
-parameter, a wait for the loss at every step. Medians; the times of the parts come from steps of
-their own, which wait for the device after each part.
+included. Beside it in the same run, all taking turns, --plain measures the textbook step, which has
+none of LEVERS, and --levers the step with one lever at a time set the other way: a ratio above 1
+says that main_moco.py's choice pays. Medians, of the ratios quartiles too; the times of the parts
+come from steps of their own, which wait for the device after each part.
 """  # noqa: E501
 
 import statistics
 import time
+import timeit
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
-import report  # first: it makes the repository importable
+import numpy as np
+import report  # first of ours: it makes the repository importable
 import torch
-from timm.layers import set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_moco
 import moco.builder
 from moco import augment, distributed
 from moco.optimizer import create_optimizer
+
+LEVERS = (
+    "one_pass",  # both views in one batch, if there is no BatchNorm; off: one after the other
+    "fused_attention",  # off: an explicit softmax
+    "channels_last",  # a ResNet's memory format
+    "foreach_momentum",  # the momentum update in one call; off: parameter by parameter
+    "fused_optimizer",  # off: parameter by parameter
+    "no_wait",  # for the loss of each step; on a CPU nothing changes, its ratio is the noise
+    "compile",  # with --compile
+    "encode_chunk",  # with --encode-chunk, which saves memory
+)
 
 
 def main():
@@ -41,75 +54,120 @@ def main():
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--plain", action="store_true", help="measure the textbook step, too")
+    parser.add_argument("--levers", nargs="*", choices=LEVERS, help="measure these or all, too")
     args = parser.parse_args()
     if args.quick:
         args.arch, args.batch_size, args.img_size, args.steps = "vit_tiny", 8, 32, 3
     device, amp = distributed.set_up(args.device, args.amp)
 
     sides = {"fast": Side(args, device, amp)}
+    gpu, losses = device.type == "cuda", {"fast": [sides["fast"].run() for _ in range(10)]}
+    peak_memory = round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None
     if args.plain:
-        sides["plain"] = PlainSide(args, device, amp)
-    losses = {name: [side.run() for _ in range(10)] for name, side in sides.items()}  # warms up
-    peak_memory = None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        sides["fast"].run()
-        peak_memory = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    seconds, together = defaultdict(list), 5 if device.type == "cuda" else 1
+        sides["plain"] = Side(args, device, amp, **dict.fromkeys(LEVERS, False))
+        losses["plain"] = [sides["plain"].run() for _ in range(10)]
+    levers = () if args.levers is None else args.levers or LEVERS
+    chosen = {k: value for k, value in sides["fast"].chosen().items() if k in levers}
+    for lever, value in chosen.items():
+        sides[lever] = Side(args, device, amp, **{lever: not value})
+        sides[lever].run(2)
+
+    seconds, together = defaultdict(list), 5 if gpu else 1
     for _ in range(args.steps):
         for name, side in sides.items():
             start = time.perf_counter()
             side.run(together)
             seconds[name].append((time.perf_counter() - start) / together)
-
-    flops = flops_per_image(args) * args.batch_size
-    peak = peak_flops(device, amp)
-    results = dict(
-        setting={"precision": str(amp or torch.float32).removeprefix("torch."), **vars(args)}
-    )
-    for name in sides:
-        median = statistics.median(seconds[name])
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    flops, peak = flops_per_image(args) * args.batch_size, peak_flops(device, amp)
+    precision = str(amp or torch.float32).removeprefix("torch.")
+    results = {"setting": dict(precision=precision, **vars(args))}
+    for name in losses:
         results[name] = {
-            "images_per_s": round(args.batch_size / median, 2),
-            "tflops": round(flops / median / 1e12, 3),
-            "share_of_peak": round(flops / median / peak, 3),
+            "images_per_s": round(args.batch_size / median[name], 2),
+            "tflops": round(flops / median[name] / 1e12, 3),
+            "share_of_peak": round(flops / median[name] / peak, 3),
             "losses_of_10_steps": [round(loss, 7) for loss in losses[name]],
         }
     results["fast"]["milliseconds_of_parts"] = sides["fast"].parts(min(5, args.steps))
     if args.plain:
-        ratio = statistics.median(seconds["plain"]) / statistics.median(seconds["fast"])
-        results["fast/plain"] = round(ratio, 2)
-    results["peak_tflops_of_a_matrix_product"] = round(peak / 1e12, 3)
-    results["peak_memory_gib"] = peak_memory
-    report.finish(args, device, **results)
+        results["fast/plain"] = round(median["plain"] / median["fast"], 2)
+    for lever, value in chosen.items():
+        ratios = [other / fast for fast, other in zip(seconds["fast"], seconds[lever])]
+        results.setdefault("levers", {})[lever] = {
+            "chosen": value,
+            "images_per_s_otherwise": round(args.batch_size / median[lever], 2),
+            "fast/otherwise": [round(q, 3) for q in statistics.quantiles(ratios)],
+        }
+    results |= dict(peak_tflops_of_a_matrix_product=round(peak / 1e12, 3))
+    report.finish(args, device, **results, peak_memory_gib=peak_memory)
 
 
 class Side:
-    """Model, optimizer and one batch, trained by main_moco.train_one_epoch."""
+    """Model, optimizer and one batch, trained by main_moco.train_one_epoch.
 
-    waits = False  # for the loss of every step
+    levers: of LEVERS, True or False; those not given are as main_moco.py sets them.
+    """
 
-    def __init__(self, args, device, amp):
+    def __init__(self, args, device, amp, **levers):
+        args = SimpleNamespace(**vars(args) | levers)
         lr = {"adamw": 1e-4, "lars": 0.01}[args.optimizer] * 256 / args.batch_size
-        argv = ["-a", args.arch, "--img-size", args.img_size, "-b", args.batch_size, "--epochs",
-                "1000", "--warmup-epochs", "0", "--lr", lr, "--moco-t", ".2", "--encode-chunk",
-                args.encode_chunk]  # fmt: skip
-        argv = ["digits", *map(str, argv)] + ["--compile"] * args.compile
-        self.args, self.device = main_moco.parse_args(argv), device
-        self.model = main_moco.create_model(self.args, device, amp)
+        argv = f"digits -a {args.arch} --img-size {args.img_size} -b {args.batch_size} --lr {lr} "
+        argv += f"--encode-chunk {args.encode_chunk:d} --epochs 1000 --warmup-epochs 0 --moco-t .2"
+        self.args = main_moco.parse_args(argv.split() + ["--compile"] * args.compile)
+        self.device, self.waits = device, levers.get("no_wait") is False
+        self.model = model = main_moco.create_model(self.args, device, amp)
         self.optimizer = create_optimizer(args.optimizer, self.model, 0, 0.1)
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
         self.autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
         self.batch = random_batch(args.batch_size, args.img_size, device)
+        self.attentions = [m for m in self.model.modules() if hasattr(m, "fused_attn")]
+
+        if levers.get("one_pass"):  # whatever the size
+            model.encode = partial(encode_at_once, model)
+        elif "one_pass" in levers:
+            model.one_pass = False
+        for attention in self.attentions:
+            attention.fused_attn = levers.get("fused_attention", attention.fused_attn)
+        if "channels_last" in levers:
+            formats = {True: torch.channels_last, False: torch.contiguous_format}
+            model.to(memory_format=formats[levers["channels_last"]])
+        if levers.get("foreach_momentum") is False:
+            model.update_momentum_encoder = partial(update_one_by_one, model)
+        if levers.get("fused_optimizer") is False:
+            [group] = self.optimizer.param_groups
+            one = group | dict(foreach=False, fused=False)
+            self.optimizer.param_groups = [one | dict(params=[p]) for p in group["params"]]
+
+    def chosen(self):
+        """The levers as main_moco.py sets them, without those that do nothing here."""
+        model, levers = self.model, {}
+        if model.one_pass and not self.args.encode_chunk:
+            x = self.batch[0][0]
+            with patch.object(model, "features", Mock(return_value=torch.empty(2, len(x)))) as call:
+                model.encode(model.base_encoder, x, x)
+            levers["one_pass"] = call.call_count == 1
+        if self.attentions:
+            levers["fused_attention"] = self.attentions[0].fused_attn
+        if hasattr(model.base_encoder, "layer1"):
+            weight = model.base_encoder.layer1[0].conv2.weight
+            levers["channels_last"] = weight.is_contiguous(memory_format=torch.channels_last)
+        levers |= dict.fromkeys(("foreach_momentum", "fused_optimizer", "no_wait"), True)
+        asked = {name: getattr(self.args, name) for name in ("compile", "encode_chunk")}
+        return levers | {name: value for name, value in asked.items() if value}
 
     def run(self, steps=1):
         """So many steps → the last one's loss."""
-        loader, log = OneBatch([self.batch] * steps), Quiet(self.waits)
+
+        def keep(step, settings, loss, **monitors):
+            self.loss = loss.item() if self.waits else loss.detach()
+
         main_moco.train_one_epoch(
-            self.model, self.model, loader, self.optimizer, self.scaler, self.autocast, self.args,
-            log, keeper=SimpleNamespace(epoch=0, iteration=0, step=id),
+            self.model, self.model, OneBatch([self.batch] * steps), self.optimizer, self.scaler,
+            self.autocast, self.args, log=SimpleNamespace(timed=iter, step=keep),
+            keeper=SimpleNamespace(epoch=0, iteration=0, step=id),
         )  # fmt: skip
-        return float(log.loss)
+        return float(self.loss)
 
     def parts(self, steps):
         """Median milliseconds of each part of a step."""
@@ -132,48 +190,21 @@ class Side:
         return {name: round(statistics.median(values), 2) for name, values in runs.items()}
 
 
-class PlainSide(Side):
-    """The textbook step."""
+def encode_at_once(model, encoder, x1, x2):
+    return model.features(encoder, torch.cat([x1, x2])).view(2, len(x1), -1)
 
-    waits = True
 
-    def __init__(self, args, device, amp):
-        set_fused_attn(False)
-        super().__init__(SimpleNamespace(**vars(args) | dict(compile=False, encode_chunk=0)),
-                         device, amp)  # fmt: skip
-        set_fused_attn(not (device.type == "cpu" and amp))
-        self.model.one_pass = False
-        for group in self.optimizer.param_groups:
-            group |= dict(foreach=False, fused=False) if args.optimizer == "adamw" else {}
-
-    def run(self, steps=1):
-        with patch.object(self.model, "update_momentum_encoder", self.update_one_by_one):
-            return super().run(steps)
-
-    @torch.no_grad()
-    def update_one_by_one(self, m):
-        encoders = self.model.momentum_encoder, self.model.base_encoder
-        for k, q in zip(*(encoder.parameters() for encoder in encoders)):
-            k.copy_(k * m + q * (1 - m))
+@torch.no_grad()
+def update_one_by_one(model, m):
+    encoders = model.momentum_encoder, model.base_encoder
+    for k, q in zip(*(encoder.parameters() for encoder in encoders)):
+        k.copy_(k * m + q * (1 - m))
 
 
 class OneBatch(list):
     """A loader that repeats a batch."""
 
     batch_sampler = SimpleNamespace(start=max)
-
-
-class Quiet:
-    """A log that keeps the last loss."""
-
-    def __init__(self, waits):
-        self.waits = waits
-
-    def timed(self, loader):
-        return iter(loader)
-
-    def step(self, step, settings, loss, **monitors):
-        self.loss = loss.item() if self.waits else loss.detach()
 
 
 class Clock:
@@ -207,13 +238,12 @@ class Clock:
 
 def random_batch(batch_size, size, device):
     """uint8 crops [2, N, 3, size, size] on the device, parameters [2, N, COLUMNS]."""
-    rng, torch_rng = main_moco.data.np.random.default_rng(0), torch.Generator().manual_seed(0)
+    rng, torch_rng = np.random.default_rng(0), torch.Generator().manual_seed(0)
     coarse = torch.rand(2 * batch_size, 3, 4, 4, generator=torch_rng)  # blobs, not noise
     crops = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
-    rows = [[torch.from_numpy(augment.draw(rng, view)) for _ in range(batch_size)]
-            for view in range(2)]  # fmt: skip
+    rows = [[augment.draw(rng, view) for _ in range(batch_size)] for view in range(2)]
     crops = (255 * crops).to(torch.uint8).view(2, batch_size, 3, size, size)
-    return crops.to(device), torch.stack([torch.stack(view) for view in rows])
+    return crops.to(device), torch.from_numpy(np.array(rows))
 
 
 def flops_per_image(args):
@@ -221,9 +251,8 @@ def flops_per_image(args):
 
     Counted on four images with an explicit softmax; what is computed twice in chunks counts once.
     """
-    set_fused_attn(False)
-    few = SimpleNamespace(**vars(args) | dict(batch_size=4, compile=False, encode_chunk=0))
-    side = Side(few, torch.device("cpu"), None)
+    plain = dict.fromkeys(LEVERS, False)
+    side = Side(args, torch.device("cpu"), None, **plain, batch_size=4)
     with FlopCounterMode(display=False) as counter:
         side.run()
     return counter.get_total_flops() / 4
@@ -233,13 +262,8 @@ def peak_flops(device, amp):
     """FLOP/s of a large matrix product in this precision: the best of ten."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=device, dtype=amp or torch.float32)
-    clock, times = Clock(device), []
-    for _ in range(10):
-        clock.wait()
-        start = time.perf_counter()
-        a @ b
-        clock.wait()
-        times.append(time.perf_counter() - start)
+    wait = Clock(device).wait
+    times = timeit.repeat(lambda: (a @ b, wait()), setup=wait, number=1, repeat=10)
     return 2 * side**3 / min(times)
 
 

@@ -2,16 +2,21 @@
 
 `draw` makes one row of numbers for one view of one image; `augment` applies a batch of rows. Each
 operation is that of torchvision.transforms.v2.functional on floats in [0, 1], with a factor for
-each image instead of one for the batch: jitter, grayscale, blur, solarize, flip, normalise.
+each image instead of one for the batch: jitter, grayscale, blur, solarize, flip, normalise. Images
+of other than three channels have no colour: saturation, hue and grayscale leave them as they are.
 """
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from moco import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's; their averages:
+MEAN_OF_ANY, STD_OF_ANY = 0.449, 0.226
 GRAY = (0.2989, 0.587, 0.114)
 
 # Strengths and probabilities of the paper (Appendix, after BYOL); a pair is (view 1, view 2).
@@ -26,6 +31,42 @@ COLUMNS = 9
 NOTHING = (1, 1, 1, 0, 0, 0, 0, 0, 0)  # the row that leaves an image as it is
 ORDERS = tuple(itertools.permutations(range(4)))
 ORDERS_TENSOR = torch.tensor(ORDERS)
+
+
+class Pixels(NamedTuple):
+    """What the numbers in an image mean.
+
+    mean, std: of each channel, in [0, 1], to normalise by. max_value: what becomes 1 in files of
+    more than 8 bits a channel; None: 65535, and floats are refused.
+    """
+
+    in_chans: int = 3
+    mean: tuple = MEAN
+    std: tuple = STD
+    max_value: float | None = None
+
+    @classmethod
+    def chosen(cls, args, known=None):
+        """By the flags, else as in `known`, a checkpoint; else ImageNet's mean and deviation, their
+        averages where there are not three channels."""
+        known = known or {}
+        n = args.in_chans or known.get("in_chans") or 3
+        mean, std = (MEAN, STD) if n == 3 else ((MEAN_OF_ANY,) * n, (STD_OF_ANY,) * n)
+        mean = args.mean or known.get("mean") or mean
+        std = args.std or known.get("std") or std
+        for flag, values in (("--mean", mean), ("--std", std)):
+            if len(values) != n:
+                raise UserError(
+                    f"{flag} takes a number for each of {n} channels, not {len(values)}"
+                )
+        return cls(n, tuple(mean), tuple(std), args.max_value or known.get("max_value"))
+
+    @classmethod
+    def of(cls, setting):
+        return cls(*(setting[name] for name in cls._fields))
+
+
+RGB = Pixels()
 
 
 def draw(rng, view):
@@ -50,8 +91,8 @@ def draw(rng, view):
 
 
 @torch.no_grad()
-def augment(images, rows):
-    """images: uint8 [B, 3, H, W] on any device; rows: float32 [B, COLUMNS] → float32, normalised.
+def augment(images, rows, pixels=RGB):
+    """images: uint8 [B, C, H, W] on any device; rows: float32 [B, COLUMNS] → float32, normalised.
 
     rows stay in CPU memory: which images an operation touches is decided there, so that nothing
     waits for the device and each operation costs only the images it changes.
@@ -68,41 +109,50 @@ def augment(images, rows):
 
     order = ORDERS_TENSOR[rows[:, ORDER].long()]  # [B, 4]
     jitter = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    if pixels.in_chans != 3:
+        jitter = jitter[:2]
     for position in range(4):
         for column, operation in enumerate(jitter):
             changed = rows[:, column] != NOTHING[column]
             apply(operation, changed & (order[:, position] == column), column)
-    apply(lambda x, _: grayscale(x), rows[:, GRAYSCALE] > 0, GRAYSCALE)
+    if pixels.in_chans == 3:
+        apply(lambda x, _: grayscale(x), rows[:, GRAYSCALE] > 0, GRAYSCALE)
     apply(gaussian_blur, rows[:, SIGMA] > 0, SIGMA)
     apply(lambda x, _: solarize(x), rows[:, SOLARIZE] > 0, SOLARIZE)
     apply(lambda x, _: x.flip(-1), rows[:, FLIP] > 0, FLIP)
-    return normalize(x)
+    return normalize(x, pixels)
 
 
 class Views:
-    """Views that are augmented when taken: `views[a:b]` → float32 [b − a, 3, H, W].
+    """Views that are augmented when taken: `views[a:b]` → float32 [b − a, C, H, W].
 
-    images: uint8 [N, 3, H, W], rows: [N, COLUMNS], as for `augment`.
+    images: uint8 [N, C, H, W], rows: [N, COLUMNS], as for `augment`.
     """
 
-    def __init__(self, images, rows):
-        self.images, self.rows = images, rows
+    def __init__(self, images, rows, pixels=RGB):
+        self.images, self.rows, self.pixels = images, rows, pixels
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, part):
         with torch.autocast(self.images.device.type, enabled=False):  # taken inside the model
-            return augment(self.images[part], self.rows[part])
+            return augment(self.images[part], self.rows[part], self.pixels)
 
 
-def normalize(x):
-    """[..., 3, H, W] in [0, 1] → ImageNet's mean 0 and deviation 1."""
-    return (x - _channels(MEAN, x.device)) / _channels(STD, x.device)
+def normalize(x, pixels=RGB):
+    """[..., C, H, W] in [0, 1] → mean 0 and deviation 1 in ImageNet, or in the user's images."""
+    return (x - _channels(pixels.mean, x.device)) / _channels(pixels.std, x.device)
 
 
-def denormalize(x):
-    return x * _channels(STD, x.device) + _channels(MEAN, x.device)
+def denormalize(x, pixels=RGB):
+    return x * _channels(pixels.std, x.device) + _channels(pixels.mean, x.device)
+
+
+def visible(x, pixels=RGB):
+    """Normalised [..., C, H, W] → RGB in [0, 1]; of other than three channels their mean, gray."""
+    x = denormalize(x, pixels).clamp(0, 1)
+    return x if pixels.in_chans == 3 else luminance(x).expand(*x.shape[:-3], 3, -1, -1)
 
 
 @functools.cache  # a copy to the device, once: each would wait for it
@@ -110,7 +160,7 @@ def _channels(values, device):
     return torch.tensor(values, device=device)[:, None, None]
 
 
-# Below: x [B, 3, H, W] in [0, 1], factor [B] → the same shape and range.
+# Below: x [B, C, H, W] in [0, 1], factor [B] → the same shape and range.
 
 
 def adjust_brightness(x, factor):
@@ -180,8 +230,11 @@ def solarize(x):
 
 
 def luminance(x):
+    """The brightness of colours, the mean of other channels: [..., C, H, W] → [..., 1, H, W]."""
+    if x.shape[-3] != 3:
+        return x.mean(-3, keepdim=True)
     r, g, b = GRAY
-    return r * x[:, :1] + g * x[:, 1:2] + b * x[:, 2:]
+    return r * x[..., :1, :, :] + g * x[..., 1:2, :, :] + b * x[..., 2:, :, :]
 
 
 def blend(x, other, factor):

@@ -12,6 +12,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 
 from moco import UserError, reason
+from moco.augment import Pixels
 from moco.backbones import Classifier, create_backbone
 from moco.distributed import largest, say, world
 
@@ -65,6 +66,15 @@ def _second_name(path, second):
 
 def load(path):
     """A checkpoint's dict, tensors on the CPU; UserError if it is missing, damaged or none."""
+    checkpoint = read(path)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise Damaged(f"{path} is no checkpoint: it has no 'state_dict'")
+    check_kinds(checkpoint, path)
+    return checkpoint
+
+
+def read(path):
+    """What torch.save wrote, tensors on the CPU; UserError if it is missing or damaged."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
@@ -73,18 +83,15 @@ def load(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats that damage looks like
             # weights_only: a file from elsewhere can't run code.
-            checkpoint = None if broken else torch.load(path, map_location="cpu", weights_only=True)
+            content = None if broken else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file provokes
         raise Damaged(f"{path} can't be read as a checkpoint: {type(error).__name__}") from None
     if broken:
         raise Damaged(f"{path} is damaged: the checksum of {broken} is wrong")
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise Damaged(f"{path} is no checkpoint: it has no 'state_dict'")
-    _check_kinds(checkpoint, path)
-    return checkpoint
+    return content
 
 
-def _check_kinds(checkpoint, path):
+def check_kinds(checkpoint, path):
     """Damaged if something that we read there is of another kind than it should be."""
 
     def is_weights(value):
@@ -97,11 +104,24 @@ def _check_kinds(checkpoint, path):
 
     def is_size(value):
         sides = isinstance(value, tuple | list) and len(value) == 2
-        return sides and all(is_number(side) and 0 < side < 2**16 for side in value)
+        return sides and all(map(is_count, value))
+
+    def is_count(value):
+        return is_number(value) and 0 < value < 2**16
+
+    def is_numbers(value):  # one for each channel
+        n = checkpoint.get("in_chans")
+        return isinstance(value, tuple | list) and len(value) == n and all(map(is_float, value))
+
+    def is_float(value):
+        return isinstance(value, int | float) and math.isfinite(value)
 
     for is_kind, keys in (
         (is_weights, ("state_dict", "ema")),
         (is_number, ("epoch", "iteration", "num_heads", "world")),
+        (is_count, ("in_chans",)),
+        (is_numbers, ("mean", "std")),
+        (is_float, ("max_value",)),
         (is_size, ("img_size", "patch_size")),
         (lambda value: isinstance(value, str), ("arch",)),
         (lambda value: isinstance(value, dict), ("args",)),
@@ -123,10 +143,17 @@ def training_state(about, epoch, iteration, model, **parts):
         epoch=epoch,
         iteration=iteration,
         num_heads=num_heads(model),
-        state_dict={f"module.{key}": value for key, value in model.state_dict().items()},
-        **{name: part.state_dict() for name, part in parts.items()},
+        state_dict={f"module.{k}": v for k, v in _contiguous(model.state_dict()).items()},
+        **{name: _contiguous(part.state_dict()) for name, part in parts.items()},
         **about,
     )
+
+
+def _contiguous(state):
+    """Tensors of a dict of dicts in the published memory format: a ResNet's run is in another."""
+    if isinstance(state, dict):
+        return {key: _contiguous(value) for key, value in state.items()}
+    return state.contiguous() if isinstance(state, torch.Tensor) else state
 
 
 def find_previous(args, folder):
@@ -222,6 +249,17 @@ def _load_part(part, state):
         state = {"state": moments, "param_groups": part.state_dict()["param_groups"]}
     if state or not isinstance(part, torch.amp.GradScaler):  # empty unless the run was in fp16
         part.load_state_dict(state)
+    if isinstance(part, torch.optim.Optimizer):
+        _lay_out(part)
+
+
+def _lay_out(optimizer):
+    """Its state in the memory format of the weights: fused AdamW on a CPU trusts that they agree,
+    and takes wrong numbers if not (torch 2.6 as 2.15)."""
+    for p, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.ndim:
+                values[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def _alike(expected, found):
@@ -252,14 +290,14 @@ def load_model(model, checkpoint, path):
     _fit(model, state, checkpoint, path)
 
 
-def create_downstream(args, classes=None, weights="state_dict", **kwargs):
+def create_downstream(args, classifier=False, weights="state_dict", **kwargs):
     """The backbone in --pretrained, ours or the official release's → model, its setting.
 
-    `classes` None: base_encoder of a pre-training checkpoint, without a classifier. A number: the
-    backbone and classifier that a linear probe or fine-tuning left, under the key `weights`. The
-    setting is a dict of arch, img_size, patch_size and small_stem: the checkpoint's own, unless
-    args say otherwise; a ViT's position table is interpolated to fit. --from-scratch: random
-    weights in the same backbone. kwargs go to create_backbone.
+    It is base_encoder of a pre-training checkpoint; or with its `classifier` what a linear probe or
+    fine-tuning left, under the key `weights`. The setting is a dict of arch, img_size, patch_size,
+    small_stem and the fields of Pixels: the checkpoint's own, unless args say otherwise; a ViT's
+    position table is interpolated to fit. --from-scratch: random weights in the same backbone.
+    kwargs go to create_backbone.
     """
     path = args.pretrained
     checkpoint = load(path) if path else {"arch": args.arch}
@@ -268,13 +306,17 @@ def create_downstream(args, classes=None, weights="state_dict", **kwargs):
         raise UserError(f"{path} does not say what backbone it holds: name it with -a")
     if args.arch not in (None, arch):
         raise UserError(f"{path} holds {arch}, not {args.arch}: drop -a {args.arch}")
+    if args.in_chans not in (None, n := checkpoint.get("in_chans", args.in_chans)):
+        raise UserError(f"{path} is for {n} channel(s): drop --in-chans {args.in_chans}")
+    pixels = Pixels.chosen(args, checkpoint)
     setting = dict(
         arch=arch,
         img_size=args.img_size or checkpoint.get("img_size", (224, 224)),
         patch_size=args.patch_size or checkpoint.get("patch_size"),
         small_stem=args.small_stem or checkpoint.get("small_stem", False),
     )
-    model = create_backbone(**setting, **kwargs)
+    model = create_backbone(**setting, in_chans=pixels.in_chans, **kwargs)
+    setting |= pixels._asdict()
     if args.from_scratch:
         return model, setting
     if weights not in checkpoint:
@@ -286,21 +328,26 @@ def create_downstream(args, classes=None, weights="state_dict", **kwargs):
         for key, value in state.items()
         if key.startswith("base_encoder.") and not key.startswith(f"base_encoder.{name}.")
     }
-    if classes is None:
+    if not classifier:
         _refuse_without(state, "base_encoder", path)
         state = pretraining
     else:
         weight = state.get(f"{name}.weight")
         if pretraining or weight is None:
             raise UserError(f"{path} has no classifier to evaluate: train one without --evaluate")
-        if len(weight) != classes:
-            raise UserError(f"{path} knows {len(weight)} classes, the images have {classes}")
-        model.set_submodule(name, Classifier(model.num_features, classes))
+        model.set_submodule(name, Classifier(model.num_features, len(weight)))
 
     if "pos_embed" in state:
         state["pos_embed"] = _resample_position(state["pos_embed"], model, checkpoint)
     _fit(model, state, checkpoint, path)
     return model, setting
+
+
+def check_classes(model, classes, path):
+    """UserError unless the classifier that was in `path` knows as many classes as the images."""
+    known = model.get_submodule(model.classifier_name).out_features
+    if known != classes:
+        raise UserError(f"{path} knows {known} classes, the images have {classes}")
 
 
 def num_heads(model):

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from moco import UserError, one_line, reason
-from moco.data import NAMES
+from moco.augment import Pixels
 from moco.distributed import leave
 from moco.keeper import Stop
+from moco.sources import NAMES, load_data
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,17 +53,30 @@ def input_flags():
     """Flags about images and the backbone that is shown them, as a parent for parsers."""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
-    add("data", metavar="DIR", help=f"folder of images, or one of: {' '.join(NAMES)}")
+    add("data", metavar="DIR", help="folder of images, list of them in a .txt, hf:NAME or "
+        f"hf:DIR of Hugging Face, or one of: {' '.join(NAMES)}")  # fmt: skip
     add("-a", "--arch", default="resnet50", help="a ViT of vits.py, a ResNet of torchvision, or "
         "timm/NAME")  # fmt: skip
     add("--img-size", type=side, nargs="+", default=(224, 224), action=Size, metavar="PIXELS",
         help="side, or height and width")  # fmt: skip
+    add("--in-chans", type=width, default=3, metavar="N", help="channels of the images, 1 for "
+        "gray (default: 3)")  # fmt: skip
+    add("--mean", type=share, nargs="+", metavar="M", help="of each channel, from 0 to 1, to "
+        "normalise by (default: ImageNet's; 0.449 where there are not three)")  # fmt: skip
+    add("--std", type=positive_float, nargs="+", metavar="S", help="the same (default: ImageNet's; "
+        "0.226 where there are not three)")  # fmt: skip
+    add("--max-value", type=positive_float, metavar="V", help="what is white in files of more than "
+        "8 bits a channel (default: 65535; floats need it)")  # fmt: skip
     add("--patch-size", type=side, nargs="+", action=Size, metavar="PIXELS", help="of a ViT, side "
         "or height and width (default: its own)")  # fmt: skip
     add("--small-stem", action="store_true", help="of a ResNet, for small images: 3×3 convolution "
         "with stride 1, no max-pooling")  # fmt: skip
     add("-j", "--workers", type=few, default=min(8, cores()), help="data-loading processes for "
         "each training process")  # fmt: skip
+    add("--hf-columns", nargs="+", action=Pair, metavar=("IMAGE", "LABEL"), help="of hf:NAME "
+        "(default: the only ones of their type)")  # fmt: skip
+    add("--hf-splits", nargs="+", action=Pair, metavar=("TRAIN", "VAL"), help="of hf:NAME "
+        "(default: train, and validation, val or test)")  # fmt: skip
     add("--data-root", default="data", help="where named sets are downloaded to")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 where "
         "the hardware computes in it")  # fmt: skip
@@ -116,6 +130,12 @@ def check_downstream(parser, args):
     return args
 
 
+def images(args, setting):
+    """What DIR and the flags about it name → Data; setting: as create_downstream finds it."""
+    pixels = Pixels.of(setting)
+    return load_data(args.data, args.data_root, pixels, args.hf_columns, args.hf_splits)
+
+
 def output_folder(args, arch, job):
     """--output-dir, or runs/RUN_JOB for a checkpoint in …/RUN."""
     run = Path(args.pretrained).resolve().parent.name if args.pretrained else arch
@@ -128,8 +148,10 @@ def output_folder(args, arch, job):
 def check_apart(folder, data):
     """UserError if a run's folder lies among the images: its pictures would be taken for some."""
     root = Path(data).resolve()
+    if data in NAMES or all((root / name).is_file() for name in ("train.txt", "val.txt")):
+        return
     images = [root / "train", root / "val"] if (root / "train").is_dir() else [root]
-    if data not in NAMES and any(folder.resolve().is_relative_to(path) for path in images):
+    if any(folder.resolve().is_relative_to(path) for path in images):
         raise UserError(f"--output-dir {folder} lies among the images of {data}: put it elsewhere")
 
 
@@ -144,6 +166,15 @@ class Size(argparse.Action):
         if len(values) > 2:
             raise argparse.ArgumentError(self, "takes one side, or height and width")
         setattr(namespace, self.dest, (values[0], values[-1]))
+
+
+class Pair(argparse.Action):
+    """One word or two."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, "takes one word or two (DIR goes before it)")
+        setattr(namespace, self.dest, values)
 
 
 def cores():
@@ -194,7 +225,8 @@ def run(main, parse_args):
     except KeyboardInterrupt:
         code = 130
         if os.environ.get("RANK", "0") == "0":
-            print(f"{script}: interrupted; --resume auto continues", file=sys.stderr)
+            hint = "; --resume auto continues" if script.startswith("main_") else ""
+            print(f"{script}: interrupted{hint}", file=sys.stderr)
     except (MemoryError, OSError, RuntimeError) as unforeseen:
         code, error = 1, explain(unforeseen)
         if not error:

@@ -2,7 +2,9 @@
 
 import inspect
 import os
+import pickle
 import re
+import tempfile
 import time
 import uuid
 import warnings
@@ -107,6 +109,34 @@ def _fresh(store, number, count, timeout):
 def barrier():
     if world() > 1:
         dist.barrier()
+
+
+def once_per_host(make):
+    """make() of each host's first process, for all of its processes; a UserError, too.
+
+    They pass it on in a file. All ranks call it.
+    """
+    if world() == 1:
+        return make()
+    path = None
+    if local_rank() == 0:
+        try:
+            made = make()
+        except UserError as error:
+            made = error
+        with tempfile.NamedTemporaryFile(delete=False) as file:
+            pickle.dump(made, file)
+            path = file.name
+    paths = [None] * world()
+    dist.all_gather_object(paths, path)
+    if local_rank() > 0:
+        made = pickle.loads(Path(paths[rank() - local_rank()]).read_bytes())
+    barrier()
+    if path:
+        os.unlink(path)
+    if isinstance(made, UserError):
+        raise made
+    return made
 
 
 def say(text, file=None):

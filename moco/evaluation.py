@@ -14,6 +14,7 @@ from moco.augment import normalize
 from moco.builder import features, unit
 from moco.distributed import rank, world
 from moco.keeper import check_signals
+from moco.sources import Arrays
 
 BATCH = 256  # images of one forward pass on one rank
 KNN_T = 0.07  # temperature of the votes (Wu et al. 2018, arXiv 1805.01978)
@@ -26,7 +27,7 @@ def batches(source, chosen, size, workers, device, bad=None, **crop):
     error.
     """
     # Starting workers takes longer than to hand over what is in memory already.
-    workers = 0 if isinstance(source, data.Arrays) else workers
+    workers = 0 if isinstance(source, Arrays) else workers
     shares = torch.arange(len(chosen)).split(BATCH)
     rounds = -(-len(shares) // world())  # of the ranks with the most
     shares = shares[rank() :: world()]
@@ -36,7 +37,7 @@ def batches(source, chosen, size, workers, device, bad=None, **crop):
     for share, (images, shown) in zip(shares, data.checked(loader, bad)):
         if len(shown):
             images = images.to(device, non_blocking=device.type == "cuda")
-            yield share[shown], normalize(images.float() / 255)
+            yield share[shown], normalize(images.float() / 255, source.pixels)
         check_signals()
     if len(shares) < rounds:
         check_signals()
@@ -55,7 +56,7 @@ def everyone(x):
 def accuracy(classify, heads, source, size, workers, device, bad=None, **crop):
     """Accuracy of several classifiers in one pass over labelled images → [(top-1, top-5)], in %.
 
-    classify: normalised images [n, 3, H, W] → logits [n, classes] of each of the `heads`. With
+    classify: normalised images [n, C, H, W] → logits [n, classes] of each of the `heads`. With
     fewer than 5 classes top-5 is 100. An image that can't be read counts as not recognised. `crop`
     goes to data.CentreCrop.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from moco import UserError, checkpoint
-from moco.augment import denormalize
+from moco.augment import RGB, visible
 from moco.data import checked
 from moco.distributed import average, rank, world
 
@@ -293,8 +293,8 @@ def distinct_names(folders):
     return names
 
 
-def draw_views(folder, x1, x2, most=10):
-    """Pairs of normalised views [N, 3, H, W], as the model sees them → folder/views.png."""
+def draw_views(folder, x1, x2, pixels=RGB, most=10):
+    """Pairs of normalised views [N, C, H, W], as the model sees them → folder/views.png."""
     from matplotlib.figure import Figure
 
     n = min(most, len(x1))
@@ -303,7 +303,7 @@ def draw_views(folder, x1, x2, most=10):
     for row, (views, name) in enumerate(((x1, "view 1"), (x2, "view 2"))):
         for column in range(n):
             axes = figure.add_subplot(2, n, row * n + column + 1, xticks=[], yticks=[])
-            image = denormalize(views[column].float().cpu()).clamp(0, 1)
+            image = visible(views[column].float().cpu(), pixels)
             axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             if column == 0:
                 axes.set_ylabel(name)
@@ -331,8 +331,8 @@ def versions():
 
 
 def describe(args, device, amp, **backbone):
-    """What a run is, in plain types, for args.json and its checkpoints; backbone: arch, img_size,
-    patch_size as they are used."""
+    """What a run is, in plain types, for args.json and its checkpoints; backbone: arch, img_size
+    and the like as they are used."""
     precision = str(amp).removeprefix("torch.") + " autocast" if amp else "float32"
     return backbone | dict(
         args=vars(args),

@@ -19,22 +19,17 @@ import main_finetune
 from moco import UserError
 from moco.augment import normalize
 from moco.data import (
-    Arrays,
     BadImages,
     CentreCrop,
-    Data,
-    Files,
     Flawed,
     LabelledCrop,
     TwoCrops,
-    Unreadable,
     checked,
     create_loader,
-    decode,
-    load_data,
     readable,
 )
 from moco.evaluation import KNN, accuracy
+from moco.sources import Arrays, Data, Files, Unreadable, decode, load_data
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -96,7 +91,7 @@ MORE_DAMAGE = {
 @pytest.mark.parametrize("fast", [True, False])
 def test_damage_is_found_out(tmp_path, name, fast, monkeypatch):
     if not fast:
-        monkeypatch.setattr("moco.data.decode_jpeg", None)
+        monkeypatch.setattr("moco.sources.decode_jpeg", None)
     path = tmp_path / name
     path.write_bytes((DAMAGE | MORE_DAMAGE)[name])
     with pytest.raises(Unreadable) as error:

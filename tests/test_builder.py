@@ -11,9 +11,10 @@ from moco import UserError
 from moco.augment import Views, augment
 from moco.backbones import create_backbone
 from moco.builder import MoCo, contrastive_loss, features, spread
-from moco.data import EpochBatches, TwoCrops, load_data
+from moco.data import EpochBatches, TwoCrops
 from moco.distributed import ViewBatchNorm
 from moco.optimizer import create_optimizer
+from moco.sources import load_data
 
 
 def nano(arch="vit_nano", size=16, patch=4, T=0.2, **kwargs):

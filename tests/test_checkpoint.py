@@ -1,5 +1,6 @@
 """Files on disk: layout, atomicity, refusal of what doesn't fit."""
 
+import copy
 import pickle
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from moco import UserError, checkpoint
 from moco.backbones import create_backbone
 from moco.builder import MoCo
+from moco.optimizer import create_optimizer
 
 
 def nano(**kwargs):
@@ -36,11 +38,48 @@ def test_weights_survive_the_round_trip(tmp_path):
         assert torch.equal(value, other.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("saved_as", [torch.channels_last, torch.contiguous_format])
+def test_a_resnet_continues_exactly_from_either_memory_format(tmp_path, saved_as):
+    def create():
+        model = MoCo(create_backbone("resnet18"), dim=32, mlp_dim=64)
+        return model, create_optimizer("adamw", model, 0.1, 0.1)
+
+    def steps(model, optimizer, seeds):
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+            optimizer.step()
+
+    model, optimizer = create()
+    steps(model, optimizer, [1, 2])
+    state = checkpoint.training_state(dict(args={}), 1, 5, model, optimizer=optimizer)
+    state = copy.deepcopy(state)
+    moments = state["optimizer"]["state"].values()
+    for values in (state["state_dict"], *moments):
+        assert all(value.is_contiguous() for value in values.values())  # as published
+    for values in (state["state_dict"], *moments):
+        for name, value in values.items():
+            if value.ndim == 4:
+                values[name] = value.contiguous(memory_format=saved_as)
+    checkpoint.save(tmp_path, state)
+    steps(model, optimizer, [3])
+
+    resumed, other = create()
+    path = tmp_path / checkpoint.LAST
+    checkpoint.resume([path], SimpleNamespace(), resumed, optimizer=other)
+    steps(resumed, other, [3])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
 def test_a_position_table_of_another_grid_is_resampled(tmp_path):
     wide = MoCo(create_backbone("vit_nano", (16, 64), 4), dim=32, mlp_dim=64)
     path = saved(tmp_path, wide, img_size=(16, 64))
     args = SimpleNamespace(pretrained=path, arch=None, img_size=(32, 32), patch_size=None,
-                           small_stem=False, from_scratch=False)  # fmt: skip
+                           small_stem=False, from_scratch=False,
+                           in_chans=None, mean=None, std=None, max_value=None)  # fmt: skip
     square, _ = checkpoint.create_downstream(args)
     table = wide.base_encoder.pos_embed
     assert square.pos_embed.shape == table.shape  # 4×16 cells and 8×8

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from moco.backbones import create_backbone
-from moco.data import Arrays, Data, load_data
 from moco.evaluation import KNN, knn
+from moco.sources import Arrays, Data, load_data
 
 
 def test_knn_matches_the_formula():

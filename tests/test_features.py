@@ -12,7 +12,7 @@ from conftest import ROOT, launch
 
 from moco import UserError, builder, checkpoint, evaluation
 from moco.augment import normalize
-from moco.data import load_data
+from moco.sources import load_data
 
 sys.path.insert(0, str(ROOT / "tools"))
 

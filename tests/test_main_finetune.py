@@ -12,8 +12,8 @@ from timm.data import create_transform
 
 import main_finetune
 from moco import checkpoint
-from moco.data import load_data
 from moco.log import read_rows
+from moco.sources import load_data
 
 TINY = (
     "digits --batch-size 256 --epochs 2 --warmup-epochs 1 --workers 0 --device cpu --amp off "

@@ -171,7 +171,10 @@ BAD = {
     "other classes": ("digits --pretrained {linear} --evaluate --img-size 32", "knows 7 classes"),
     "missing folder": ("{tmp}/nope --pretrained {pre}", "nope does not exist"),
     "no val": ("{tmp}/noval --pretrained {pre}", "no val/ beside train/"),
-    "no labels": ("{tmp}/flat --pretrained {pre}", "a folder for each class: no train/ below it"),
+    "no labels": (
+        "{tmp}/flat --pretrained {pre}",
+        "to train on and to validate: no train/ below it",
+    ),
     "one class": ("{tmp}/one --pretrained {pre}", "holds a single class"),
     "large batch": ("digits --pretrained {pre} -b 4096", "1437 images don't fill one"),
     "two equal rates": ("digits --pretrained {pre} --lr 1 1.0", "names a rate twice"),

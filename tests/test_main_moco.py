@@ -13,6 +13,7 @@ from moco import UserError, checkpoint, data
 from moco.builder import MoCo
 from moco.log import read_rows
 from moco.optimizer import create_optimizer
+from moco.sources import load_data
 
 
 def weights(folder):
@@ -221,7 +222,7 @@ def test_a_loss_that_is_no_number_stops_the_run(script, tmp_path):
 @pytest.fixture(scope="module")
 def few_digits(tmp_path_factory):
     """A folder of 160 digits: float64 is slow."""
-    folder, images = tmp_path_factory.mktemp("digits"), data.load_data("digits").train
+    folder, images = tmp_path_factory.mktemp("digits"), load_data("digits").train
     for i in range(160):
         write_png(images.read(i), str(folder / f"{i}.png"))
     return folder

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT
@@ -11,7 +12,14 @@ import main_finetune
 import main_lincls
 import main_moco
 
+sys.path.insert(0, str(ROOT / "tools"))
+
+import convert
+import features
+import visualize
+
 SCRIPTS = {module.__name__: module for module in (main_moco, main_lincls, main_finetune)}
+SCRIPTS |= {f"tools/{module.__name__}": module for module in (convert, features, visualize)}
 
 
 def commands():
@@ -22,7 +30,7 @@ def commands():
     for recipe in (ROOT / "recipes").glob("*"):
         text += "\n" + re.sub(r"^# ?", "", recipe.read_text(), flags=re.MULTILINE)
     for line in text.replace("\\\n", " ").splitlines():
-        found = re.search(r"(?:python|torchrun|sbatch)\b.*\b(main_\w+)\.py\s(.*)", line)
+        found = re.search(r"(?:python|torchrun|sbatch)\b.*\b(main_\w+|tools/\w+)\.py\s(.*)", line)
         if found and line.startswith(" "):
             yield found[1], found[2]
 

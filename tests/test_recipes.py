@@ -7,7 +7,7 @@ import main_finetune
 import main_lincls
 import main_moco
 from moco.backbones import create_backbone
-from moco.data import NAMES
+from moco.sources import NAMES
 
 COLUMNS = "arch epochs optimizer lr wd moco_m moco_t warmup_epochs crop_min stop_grad clip".split()
 ROWS = {

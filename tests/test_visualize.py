@@ -13,8 +13,8 @@ from moco import UserError
 from moco.augment import normalize
 from moco.backbones import create_backbone
 from moco.builder import features
-from moco.data import load_data
 from moco.log import distinct_names
+from moco.sources import load_data
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -26,8 +26,8 @@ def draw(picture, pretrained, out, *flags, where="digits"):
     name, calls = f"draw_{picture}", []
     drawer = getattr(visualize, name)
 
-    def remember(*args):
-        calls.append((args, drawer(*args)))
+    def remember(*args, **kwargs):
+        calls.append((args, drawer(*args, **kwargs)))
         return calls[-1][1]
 
     flags = ["--workers", "0", "--device", "cpu", "--amp", "off", "--out", out, *flags]

@@ -5,9 +5,9 @@
         --pretrained runs/vit_small_300/checkpoint.pth --out imagenet.npy
 
 FILE.npz holds `features` float32 [n, d], NaN for an image that can't be read, `paths` [n] below DIR
-(numbers for a named set), and where there are any `labels` int64 [n] and `classes`, the names of
-the class folders. FILE.npy, for sets that don't fit in memory, holds the features alone (np.load
-with mmap_mode="r"), and FILE.index.npz beside it the rest.
+(numbers where they are no files), and where there are any `labels` int64 [n] and `classes`, their
+names. FILE.npy, for sets that don't fit in memory, holds the features alone (np.load with
+mmap_mode="r"), and FILE.index.npz beside it the rest.
 
 The same line again continues a run that was interrupted, on any number of processes; until all is
 there, the parts lie in FILE.npz.parts/.
@@ -33,6 +33,7 @@ from moco import UserError, checkpoint, cli, data, distributed
 from moco.builder import features
 from moco.distributed import rank, world
 from moco.evaluation import BATCH, batches
+from moco.sources import NAMES, Files, Rows
 
 
 def model_flags():
@@ -40,7 +41,7 @@ def model_flags():
     parser = argparse.ArgumentParser(add_help=False, parents=[cli.input_flags()])
     parser.add_argument("--pretrained", metavar="CKPT", required=True, help="checkpoint of "
         "main_moco.py or of the official release; arch and sizes are taken from it")  # fmt: skip
-    parser.set_defaults(arch=None, img_size=None, from_scratch=False)
+    parser.set_defaults(arch=None, img_size=None, in_chans=None, from_scratch=False)
     return parser
 
 
@@ -59,10 +60,10 @@ def parse_args(argv=None):
 
 def main(args):
     device, amp = distributed.set_up(args.device, args.amp)
-    source, index = load_split(args)
     model, setting = load_model(args, device)
+    source, index = load_split(args, setting)
     about = setting | dict(
-        data=args.data if args.data in data.NAMES else str(Path(args.data).resolve()),
+        data=where_from(source, args.data),
         split=args.split,
         images=len(source),
         names_and_labels=digest(index.values()),
@@ -108,34 +109,34 @@ def load_model(args, device):
     return model.requires_grad_(False).eval().to(device), setting
 
 
-def load_split(args):
+def load_split(args, setting):
     """--split of DIR → source, what is known of its images: paths, labels and classes, arrays."""
-    dataset = data.load_data(args.data, args.data_root)
+    dataset = cli.images(args, setting)
     if args.split == "val" and dataset.val is None:
         raise UserError(f"{args.data} has no val to take: {dataset.note}")
     source = dataset.val if args.split == "val" else dataset.bank or dataset.train
     index = dict(paths=np.array(names(source, args.data)))
     if source.labels is not None:
         index["labels"] = source.labels.numpy()
-        if classes := class_names(dataset.train):
-            index["classes"] = np.array(classes)
+        if dataset.names:
+            index["classes"] = np.array(dataset.names)
     return source, index
+
+
+def where_from(source, where):
+    """`where` in full: what tells these images from others."""
+    if isinstance(source, Rows):
+        return f"{source.name} {source.column}"
+    return where if where in NAMES else str(Path(where).resolve())
 
 
 def names(source, where):
     """Of each image its path below `where`; in memory, its number."""
-    if not isinstance(source, data.Files):
+    if not isinstance(source, Files):
         return [str(i) for i in range(len(source))]
-    below = os.path.relpath(source.root, where)
+    where = where if os.path.isdir(where) else os.path.dirname(where)  # of a list
+    below = os.path.relpath(source.root, where or ".")
     return [os.path.normpath(os.path.join(below, os.fsdecode(path))) for path in source.paths]
-
-
-def class_names(source):
-    """Names of the class folders, in the order of the labels; [] where there are none."""
-    if not isinstance(source, data.Files) or source.labels is None:
-        return []
-    firsts = np.unique(source.labels.numpy(), return_index=True)[1]
-    return [os.fsdecode(source.paths[i]).split(os.sep)[0] for i in firsts]
 
 
 def embed(model, source, chosen, size, args, device, amp):

@@ -12,16 +12,17 @@ import os
 from pathlib import Path
 
 import torch
-from features import class_names, embed, load_model, model_flags  # makes moco importable
+from features import embed, load_model, model_flags  # makes moco importable
 from matplotlib.figure import Figure
 from timm.layers import set_fused_attn
 from timm.utils import AttentionExtract
 
-from moco import UserError, checkpoint, cli, data, distributed
-from moco.augment import denormalize
+from moco import UserError, checkpoint, cli, distributed
+from moco.augment import RGB, visible
 from moco.builder import unit
 from moco.evaluation import batches
 from moco.log import draw_curves
+from moco.sources import Files
 
 RIGHT, WRONG = "#1a9850", "#d7301f"  # frames of neighbours of the same class, and of another
 
@@ -73,18 +74,19 @@ def curves(args):
 
 def attention(args):
     device, amp = distributed.set_up(args.device, args.amp)
-    dataset = data.load_data(args.data, args.data_root)
-    source = dataset.val or dataset.train
-    chosen = spread_out(source, args.images)
     set_fused_attn(False)  # a fused kernel shows no weights; a model asks when it is made
     model, setting = load_model(args, device)
+    dataset = cli.images(args, setting)
+    source = dataset.val or dataset.train
+    chosen = spread_out(source, args.images)
     if not checkpoint.num_heads(model):
         raise UserError(f"{setting['arch']} has no attention to draw: attention is for ViTs")
 
     images = views(source, chosen, setting["img_size"], args, device)
     with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
         maps = class_attention(model, images).cpu()
-    draw_attention(images, maps, captions(dataset, source, chosen)).savefig(args.out, dpi=100)
+    words = captions(dataset, source, chosen)
+    draw_attention(images, maps, words, pixels=source.pixels).savefig(args.out, dpi=100)
 
 
 def class_attention(model, images):
@@ -98,16 +100,16 @@ def class_attention(model, images):
     return weights[:, :, 0, 1:].float().unflatten(-1, model.patch_embed.grid_size)
 
 
-def draw_attention(images, maps, words):
-    """images [n, 3, H, W], maps [n, heads, rows, columns], words: n captions → Figure."""
+def draw_attention(images, maps, words, pixels=RGB):
+    """images [n, C, H, W], maps [n, heads, rows, columns], words: n captions → Figure."""
     height, width = images.shape[-2:]
     figure, cells = grid(len(images), 1 + maps.shape[1], height / width)
     cells[0, 0].set_title("input", fontsize=10)
     for row, image, heads, caption in zip(cells, images, maps, words):
-        show(row[0], image)
+        show(row[0], image, pixels)
         row[0].set_xlabel(caption, fontsize=8, labelpad=2)
         for head, (cell, weights) in enumerate(zip(row[1:], heads), 1):
-            show(cell, image.mean(0, keepdim=True).expand_as(image))
+            show(cell, image.mean(0, keepdim=True).expand_as(image), pixels)
             cell.imshow(weights.numpy(), cmap="inferno", vmin=0, alpha=0.75,
                         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
                         interpolation="nearest")  # fmt: skip
@@ -120,7 +122,8 @@ def draw_attention(images, maps, words):
 
 def neighbours(args):
     device, amp = distributed.set_up(args.device, args.amp)
-    dataset = data.load_data(args.data, args.data_root)
+    model, setting = load_model(args, device)
+    dataset = cli.images(args, setting)
     bank = dataset.bank or dataset.train
     source = dataset.val or bank
     chosen = spread_out(source, args.images)
@@ -129,7 +132,6 @@ def neighbours(args):
     if k == 0:
         raise UserError(f"{args.data}: a single image has no neighbours")
     searched = torch.arange(size_of_bank) * len(bank) // size_of_bank  # as for the kNN
-    model, setting = load_model(args, device)
 
     def embedded(images, indices):
         found = embed(model, images, indices, setting["img_size"], args, device, amp)
@@ -150,11 +152,12 @@ def neighbours(args):
         same,
         captions(dataset, source, chosen),
         captions(dataset, bank, nearest.flatten()),
+        pixels=source.pixels,
     ).savefig(args.out, dpi=100)
 
 
-def draw_neighbours(queries, found, similarity, same, query_words, found_words):
-    """queries [n, 3, H, W]; found [n, k, 3, H, W], similarity and same [n, k] → Figure.
+def draw_neighbours(queries, found, similarity, same, query_words, found_words, pixels=RGB):
+    """queries [n, C, H, W]; found [n, k, C, H, W], similarity and same [n, k] → Figure.
 
     same: whether a neighbour has the label of its query; False where there are no labels.
     words: captions, of each query and of each that was found, row by row.
@@ -165,10 +168,10 @@ def draw_neighbours(queries, found, similarity, same, query_words, found_words):
     cells[0, 1].set_title("nearest (cosine)", fontsize=10, loc="left").set_in_layout(False)
     words = iter(found_words)
     for r, row in enumerate(cells):
-        show(row[0], queries[r])
+        show(row[0], queries[r], pixels)
         row[0].set_xlabel(query_words[r], fontsize=8, labelpad=2)
         for c, cell in enumerate(row[1:]):
-            show(cell, found[r, c])
+            show(cell, found[r, c], pixels)
             cell.set_xlabel(f"{next(words)}\n{similarity[r, c]:.4f}", fontsize=8, labelpad=2)
             if same is not False:
                 right = bool(same[r, c])
@@ -185,18 +188,18 @@ def spread_out(source, n):
 
 
 def views(source, indices, size, args, device):
-    """The images as the features see them: normalised [n, 3, H, W]."""
+    """The images as the features see them: normalised [n, C, H, W]."""
     return torch.cat([images for _, images in batches(source, indices, size, args.workers, device)])
 
 
 def captions(dataset, source, indices):
     """A short text for each image: its class where there are labels, else its name."""
-    classes = class_names(dataset.train)
     words = []
     for i in indices.tolist():
         if source.labels is not None:
-            text = classes[source.labels[i]] if classes else str(int(source.labels[i]))
-        elif isinstance(source, data.Files):
+            label = int(source.labels[i])
+            text = dataset.names[label] if dataset.names else str(label)
+        elif isinstance(source, Files):
             text = Path(os.fsdecode(source.paths[i])).stem
         else:
             text = str(i)
@@ -213,10 +216,9 @@ def grid(rows, columns, ratio, lines=1):
     return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw=blank)
 
 
-def show(cell, image):
-    """image: normalised [3, H, W]."""
-    pixels = denormalize(image.cpu()).clamp(0, 1).permute(1, 2, 0)
-    cell.imshow(pixels.numpy(), interpolation="nearest")
+def show(cell, image, pixels):
+    """image: normalised [C, H, W]."""
+    cell.imshow(visible(image.cpu(), pixels).permute(1, 2, 0).numpy(), interpolation="nearest")
 
 
 if __name__ == "__main__":

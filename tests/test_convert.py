@@ -1,0 +1,375 @@
+"""Checkpoints in and out: what is converted gives the same features and comes back unchanged."""
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import official
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import ROOT, launch
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+
+from moco import UserError, checkpoint
+from moco.backbones import Classifier, create_backbone
+from moco.builder import MoCo, features
+from vits import ConvStem
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import convert
+
+OLD_TIMM = tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 16)  # has no local-dir:
+SIX_HEADS = "timm/vit_small_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Official checkpoints by name, each written when it is first asked for → its path."""
+    folder = tmp_path_factory.mktemp("official")
+
+    def get(arch, classes=None):
+        path = folder / f"{arch}_{classes}.pth"
+        if not path.exists():
+            content = (
+                official.linear(arch, classes) if classes else official.pretraining(arch, mlp=64)
+            )
+            torch.save(content, path)
+        return path
+
+    return get
+
+
+def run(source, out, to, *flags):
+    convert.main(convert.parse_args([str(source), str(out), "--to", to, *flags]))
+    return out
+
+
+def weights(path, prefix=""):
+    """By name, below a prefix."""
+    content = torch.load(path, weights_only=True)
+    state = content.get("state_dict", content.get("model", content))
+    return {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
+
+
+def backbone_of(path):
+    """What the official layout has of base_encoder, without the projector."""
+    state = weights(path, "module.base_encoder.")
+    return {key: v for key, v in state.items() if not key.startswith(("head.", "fc."))}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+
+
+def load_ours(path, classes=None):
+    """As main_lincls.py does."""
+    args = SimpleNamespace(pretrained=path, arch=None, img_size=None, patch_size=None,
+                           small_stem=False, from_scratch=False, in_chans=None, mean=None,
+                           std=None, max_value=None)  # fmt: skip
+    return checkpoint.create_downstream(args, classes)[0].eval()
+
+
+def load_timm(folder):
+    if not OLD_TIMM:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    config = json.loads((folder / "config.json").read_text())
+    source = config["pretrained_cfg"] | dict(file=str(folder / "model.safetensors"))
+    return timm.create_model(
+        config["architecture"], pretrained=True, pretrained_cfg=source, **config["model_args"]
+    ).eval()
+
+
+@torch.no_grad()
+def assert_same_features(ours, theirs, size=(224, 224)):
+    x = torch.randn(1, 3, *size)
+    h = features(ours, x)
+    assert h.std() > 1e-3
+    torch.testing.assert_close(theirs.forward_head(theirs.forward_features(x), pre_logits=True), h,
+                               rtol=0, atol=1e-5)  # fmt: skip
+    torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arch, classes", [("vit_small", None), ("vit_base", 5), ("resnet50", None), ("resnet18", 5)]
+)
+def test_timm_has_our_features_and_the_way_back_is_the_identity(files, tmp_path, arch, classes):
+    source, flags = files(arch, classes), ["--with-heads"] if classes else []
+    folder = run(source, tmp_path / "timm", "timm", *flags)
+    theirs = load_timm(folder)
+    assert_same_features(load_ours(source, classes), theirs)
+    assert theirs.num_classes == (classes or 0)
+    assert checkpoint.num_heads(theirs) == (12 if arch.startswith("vit") else None)
+
+    expected = weights(source, "module.") if classes else backbone_of(source)
+    assert_same(load_file(folder / "model.safetensors"), expected)
+    back = run(folder, tmp_path / "back.pth", "official", *flags)
+    assert_same(weights(back, f"module.{'' if classes else 'base_encoder.'}"), expected)
+    assert checkpoint.load(back)["arch"] == arch
+
+
+@pytest.mark.parametrize(
+    "arch, to, flags",
+    [
+        ("vit_small", "official", ()),
+        ("vit_small", "deit", ("--num-heads", "12")),
+        ("resnet18", "deit", ()),
+        ("resnet50", "torchvision", ()),
+    ],
+)
+def test_round_trips_are_identities(files, tmp_path, arch, to, flags):
+    source = files(arch)
+    there = run(source, tmp_path / "there.pth", to, *flags)
+    expected = backbone_of(source)
+    prefix = "module.base_encoder." if to == "official" else ""
+    assert_same(weights(there, prefix), expected)
+    if to == "torchvision":
+        resnet = torchvision.models.get_model(arch)
+        resnet.fc = torch.nn.Identity()
+        resnet.load_state_dict(torch.load(there, weights_only=True))
+        assert_same_as_torchvision(resnet.eval(), load_ours(source))
+    back = run(there, tmp_path / "back.pth", "official")
+    assert_same(weights(back, "module.base_encoder."), expected)
+    content = checkpoint.load(back)
+    assert content["arch"] == arch
+    assert content["num_heads"] == (12 if arch.startswith("vit") else None)
+
+
+def assert_same_as_torchvision(theirs, ours):
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), features(ours, x))
+
+
+def test_the_real_script_converts_both_ways(files, tmp_path):
+    source, folder, back = files("resnet18"), tmp_path / "timm", tmp_path / "back.pth"
+    done = launch(1, "tools/convert.py", source, folder, "--to", "timm")
+    assert done.returncode == 0, done.stderr
+    assert "(MoCo v3 pre-training: resnet18, 224×224 pixels)" in done.stdout
+    assert "(timm: 120 tensors, without fc, momentum_encoder, predictor)" in done.stdout
+    done = launch(1, "tools/convert.py", folder, back, "--to", "official")
+    assert done.returncode == 0, done.stderr
+    assert_same(weights(back, "module.base_encoder."), backbone_of(source))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back.pth", "timm"]
+
+
+def test_with_heads_every_key_is_kept_and_timms_class_takes_a_convolutional_stem(files, tmp_path):
+    whole = run(files("resnet18"), tmp_path / "whole.pth", "official", "--with-heads")
+    assert_same(weights(whole), weights(files("resnet18")))
+    probe = files("vit_conv_small", 5)
+    there = run(probe, tmp_path / "there.pth", "deit", "--with-heads")
+    assert_same(weights(there), weights(probe, "module."))
+    theirs = VisionTransformer(
+        (224, 224), (16, 16), embed_dim=384, depth=11, num_heads=12, num_classes=5,
+        embed_layer=ConvStem,
+    )  # fmt: skip
+    theirs.load_state_dict(weights(there))
+    assert_same_features(load_ours(probe, 5), theirs.eval())
+    back = run(there, tmp_path / "back.pth", "official", "--with-heads")
+    assert_same(weights(back), weights(probe))
+
+
+def test_without_them_a_probe_becomes_a_backbone(files, tmp_path):
+    probe = files("vit_conv_small", 5)
+    state = weights(run(probe, tmp_path / "out.pth", "official"), "module.base_encoder.")
+    expected = weights(probe, "module.")
+    assert expected.keys() - state.keys() == {"head.weight", "head.bias"}
+    assert_same(state, {key: expected[key] for key in state})
+
+
+MM = {  # ours → MMPretrain's
+    r"patch_embed\.proj\.": "patch_embed.projection.",
+    r"blocks\.(\d+)\.norm": r"layers.\1.ln",
+    r"blocks\.(\d+)\.mlp\.fc1\.": r"layers.\1.ffn.layers.0.0.",
+    r"blocks\.(\d+)\.mlp\.fc2\.": r"layers.\1.ffn.layers.1.",
+    r"blocks\.(\d+)\.attn": r"layers.\1.attn",
+    r"norm\.": "ln1.",
+}
+
+
+@pytest.mark.parametrize("arch", ["vit_small", "resnet18"])
+def test_mms_names_become_ours(files, tmp_path, arch):
+    state, expected = {"head.predictor.fc0.weight": torch.ones(2, 2)}, backbone_of(files(arch))
+    for key, value in expected.items():
+        if arch == "vit_small":
+            for ours, theirs in MM.items():
+                key = re.sub(f"^{ours}", theirs, key)
+        state[f"backbone.{key}"] = value
+    torch.save(dict(meta=dict(epoch=300), state_dict=state), tmp_path / "mm.pth")
+    flags = ["--num-heads", "12"] if arch == "vit_small" else []
+    out = run(tmp_path / "mm.pth", tmp_path / "ours.pth", "official", *flags)
+    assert_same(weights(out, "module.base_encoder."), expected)
+    load_ours(out)
+
+
+def test_a_run_of_ours_goes_to_timm_and_back(pretrained, tmp_path):
+    folder = run(pretrained, tmp_path / "timm", "timm")
+    assert_same_features(load_ours(pretrained), load_timm(folder), (16, 16))
+    back = run(folder, tmp_path / "back.pth", "official")
+    assert_same(weights(back, "module.base_encoder."), backbone_of(pretrained))
+    content = checkpoint.load(back)
+    for name, value in dict(arch="vit_nano", img_size=(16, 16), num_heads=4).items():
+        assert content[name] == value
+    load_ours(back)
+
+
+def save_ours(path, arch, classes=None, size=(32, 32), **kwargs):
+    """What main_moco.py leaves, or with classes main_lincls.py, from a backbone of any kind."""
+    backbone = create_backbone(arch, size, **kwargs)
+    with torch.no_grad():
+        for value in backbone.state_dict().values():
+            if value.is_floating_point():
+                value += 0.01 * torch.rand_like(value)
+    about = dict(arch=arch, img_size=size, patch_size=None, small_stem=False) | kwargs
+    if classes:
+        head = Classifier(backbone.num_features, classes)
+        backbone.set_submodule(backbone.classifier_name, head)
+    model = backbone if classes else MoCo(backbone, dim=8, mlp_dim=16)
+    torch.save(checkpoint.training_state(about, 1, 1, model), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "arch, kwargs",
+    [
+        ("timm/convnext_atto", {}),
+        ("timm/mobilenetv3_small_050", {}),
+        ("timm/vit_wee_patch16_reg1_gap_256", dict(size=(16, 32), patch_size=(8, 8))),
+        ("vit_nano", dict(size=(32, 64), patch_size=(16, 8))),
+    ],
+)
+@pytest.mark.parametrize("classes", [None, 3])
+def test_any_backbone_goes_to_timm_and_back(tmp_path, arch, kwargs, classes):
+    source = save_ours(tmp_path / "ours.pth", arch, classes, **kwargs)
+    flags = ["--with-heads"] if classes else []
+    folder = run(source, tmp_path / "timm", "timm", *flags)
+    size = kwargs.get("size", (32, 32))
+    assert_same_features(load_ours(source, classes), load_timm(folder), size)
+    back = run(folder, tmp_path / "back.pth", "official", *flags)
+    ours, there = load_ours(source, classes), load_ours(back, classes)
+    assert_same(there.state_dict(), ours.state_dict())
+    assert checkpoint.load(back)["arch"] == arch
+
+
+def test_other_numbers_of_channels_are_kept(tmp_path):
+    folder = tmp_path / "gray"
+    folder.mkdir()
+    gray = create_backbone("resnet18", in_chans=1).state_dict()
+    gray = {key: value.contiguous() for key, value in gray.items()}
+    save_file(gray, folder / "model.safetensors")
+    config = dict(architecture="resnet18", model_args=dict(in_chans=1),
+                  pretrained_cfg=dict(input_size=(1, 64, 64)))  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_same(load_timm(run(folder, tmp_path / "out", "timm")).state_dict(), gray)
+
+
+def test_a_vit_small_keeps_the_heads_it_has(tmp_path):
+    theirs = timm.create_model("vit_small_patch16_224", num_classes=0).eval()
+    with torch.no_grad():
+        theirs.pos_embed.normal_()
+    torch.save(dict(model=theirs.state_dict()), tmp_path / "deit.pth")
+    out = run(tmp_path / "deit.pth", tmp_path / "six.pth", "official", "--num-heads", "6")
+    assert checkpoint.load(out)["arch"] == SIX_HEADS
+    assert_same_features(load_ours(out), theirs)
+    again = run(out, tmp_path / "again.pth", "deit")
+    assert_same(weights(again), theirs.state_dict())
+
+
+def mistakes(files, pretrained, folder):
+    """Command line → what is said about it."""
+    small, conv, resnet = files("vit_small", 5), files("vit_conv_small", 5), files("resnet18")
+    probe, out = files("resnet18", 5), folder / "out"
+
+    def saved(name, content):
+        torch.save(content, folder / name)
+        return folder / name
+
+    (folder / "text.pth").write_text("text")
+    (folder / "text.safetensors").write_text("text")
+    (folder / "full").mkdir()
+    plain = weights(small, "module.")
+    plain = {k: v for k, v in plain.items() if "attn" not in k and "mlp" not in k}
+    bare = {k: v for k, v in plain.items() if not k.startswith("blocks.3.")}
+    stem = save_ours(folder / "stem.pth", "resnet18", small_stem=True)
+    broken = folder / "broken"
+    broken.mkdir()
+    save_file(dict(a=torch.ones(1)), broken / "model.safetensors")
+    (broken / "config.json").write_text('{"architecture": "resnet18", "model_args": [1]}')
+    yield (small, folder / "full", "--to", "timm"), "exists already: name another OUT"
+    yield (small, folder / "no" / "out", "--to", "timm"), "in a folder that does not exist"
+    yield (folder / "no.pth", out, "--to", "timm"), "no checkpoint at"
+    yield (folder / "full", out, "--to", "timm"), "can't be read as timm's: FileNotFoundError"
+    yield (folder / "text.pth", out, "--to", "timm"), "can't be read as a checkpoint"
+    yield (folder / "text.safetensors", out, "--to", "timm"), "can't be read as timm's"
+    yield (broken, out, "--to", "timm"), "can't be read as timm's"
+    yield (saved("list.pth", [1]), out, "--to", "timm"), "holds no weights by name"
+    yield (saved("empty.pth", {}), out, "--to", "timm"), "holds no weights by name"
+    yield (saved("number.pth", dict(model={"a": 1})), out, "--to", "timm"), "holds no weights"
+    yield (saved("keys.pth", {1: torch.ones(1)}), out, "--to", "timm"), "holds no weights"
+    yield (saved("a.pth", {"a": torch.ones(1)}), out, "--to", "timm"), "neither a ViT nor a ResNet"
+    yield (saved("bare.pth", bare), out, "--to", "official"), "none of the ViTs of vits.py"
+    yield (saved("no_size.pth", {"cls_token": plain["cls_token"]} | {
+        k: v for k, v in plain.items() if "blocks" in k}), out, "--to", "official",
+        "--num-heads", "12"), "no patches that make up a square"  # fmt: skip
+    table = dict(plain, pos_embed=torch.ones(1, 7, 384))
+    yield (
+        (saved("table.pth", table), out, "--to", "official", "--num-heads", "12"),
+        "no patches that make up a square",
+    )
+    yield (saved("no_attn.pth", plain), out, "--to", "timm", "--num-heads", "12"), "lacks blocks."
+    flat = dict(plain, pos_embed=torch.ones(7), cls_token=torch.ones(384))
+    yield (saved("flat.pth", flat), out, "--to", "official", "--num-heads", "12"), "no patches"
+    yield (saved("plain.pth", plain), out, "--to", "timm"), "how many attention heads"
+    yield (small, out, "--to", "timm", "--num-heads", "6"), "has 12 heads, not 6: drop --num-heads"
+    yield (resnet, out, "--to", "timm", "--num-heads", "6"), "has no heads, not 6"
+    yield (small, out, "--to", "deit"), "DeiT's ViT-S has 6 heads, this one 12"
+    yield (small, out, "--to", "torchvision"), "torchvision has no vit_small"
+    yield (stem, out, "--to", "torchvision"), "torchvision has no resnet18 with this stem"
+    yield (stem, out, "--to", "timm"), "timm has no resnet18 with this stem"
+    yield (conv, out, "--to", "timm"), "timm has no vit_conv_small: "
+    yield (resnet, out, "--to", "timm", "--with-heads"), "no heads for --to timm"
+    yield (
+        (saved("r.pth", backbone_of(resnet)), out, "--to", "timm", "--with-heads"),
+        "no heads for --to timm",
+    )
+    head = dict(weights(probe, "module."), **{"fc.extra": torch.ones(1)})
+    yield (saved("h.pth", head), out, "--to", "timm", "--with-heads"), "no heads for --to timm"
+    yield (saved("arch.pth", dict(arch="timm/nothing", state_dict=head)), out, "--to",
+        "official"), "unknown arch"  # fmt: skip
+    sizes = dict(arch="vit_small", img_size="wide", state_dict=plain)
+    yield (saved("size.pth", sizes), out, "--to", "official"), "is damaged: its 'img_size'"
+    yield (pretrained, out, "--to", "onnx"), "invalid choice"
+
+
+def test_a_mistake_gets_one_line_and_leaves_nothing(files, pretrained, tmp_path, script):
+    for args, words in mistakes(files, pretrained, tmp_path):
+        before = sorted(tmp_path.rglob("*"))
+        code, out, err = script("tools/convert.py", *args)
+        assert code == 2 and not out, err
+        assert err.count("\n") == 1 and words in err, err
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("to, writer", [("timm", "save_file"), ("official", "torch.save")])
+def test_out_is_never_half_written(files, tmp_path, monkeypatch, to, writer):
+    out, source = tmp_path / "out", files("resnet18")
+
+    def fail(state, file, **kwargs):
+        file.write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr(f"convert.{writer}", fail)
+    error = OSError("no space left")
+    with pytest.raises(UserError, match=r"can't write .*: no space left"):
+        run(source, out, to)
+    assert not list(tmp_path.iterdir())
+    error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, to)
+    assert not list(tmp_path.iterdir())
