@@ -53,17 +53,17 @@ def parse_args(argv=None):
     add("--layer-decay", type=cli.share, metavar="FACTOR", help="of the rate, from each block to "
         "the one before")  # fmt: skip
     add("--clip-grad", type=cli.positive_float, metavar="NORM", help="largest norm of the gradient")
-    add("--drop-path", type=cli.share, default=0.1, help="of the last block, rising from 0")
+    add("--drop-path", type=cli.below_1, default=0.1, help="of the last block, rising from 0")
     add("--crop-min", type=cli.share, default=0.08, help="smallest crop, share of the area")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's name of the "
         "augmentation, or none")  # fmt: skip
     add("--reprob", type=cli.share, default=0.25, help="of random erasing, by noise")
     add("--mixup", type=cli.nonnegative, default=0.8, help="alpha; 0: off")
     add("--cutmix", type=cli.nonnegative, default=1.0, help="alpha; 0: off")
-    add("--smoothing", type=cli.share, default=0.1, help="of labels")
+    add("--smoothing", type=cli.below_1, default=0.1, help="of labels")
     add("--repeated-aug", type=cli.positive, default=1, metavar="VIEWS", help="of an image in an "
         "epoch, of as many images fewer")  # fmt: skip
-    add("--ema", type=cli.share, metavar="DECAY", help="keep a moving average of the weights")
+    add("--ema", type=cli.below_1, metavar="DECAY", help="keep a moving average of the weights")
     add("--evaluate-ema", action="store_true", help="measure the average, not the weights")
     args = cli.check_downstream(parser, parser.parse_args(argv))
     if args.warmup_epochs > args.epochs:
@@ -72,6 +72,12 @@ def parse_args(argv=None):
         parser.error("--evaluate-ema needs --ema DECAY")
     if args.ema == 0:
         parser.error("--ema 0 would average nothing: drop it")
+    if args.layer_decay == 0:
+        parser.error("--layer-decay 0 would train the classifier alone: so does main_lincls.py")
+    if args.repeated_aug > args.batch_size:
+        parser.error(
+            f"--repeated-aug {args.repeated_aug} is more than --batch-size {args.batch_size}"
+        )
     if not (args.epochs or args.evaluate):
         parser.error("--epochs 0 leaves nothing to do: add --evaluate")
     return args
@@ -253,6 +259,8 @@ def create_augmentation(args, size, pixels=RGB):
             re_prob=args.reprob,
             re_mode="pixel",
         )
+        with seeded(0):  # some policies fail at an image only
+            transform(Image.new("RGB", (8, 8)))
     except (AssertionError, KeyError, ValueError):
         raise UserError(f"--aa {args.aa} is no policy that timm knows, or none") from None
     return partial(_through_pil, transform)
@@ -291,7 +299,7 @@ def create_mixup(args, classes):
 
 def posterize(image, bits, **_):
     """The strongest level of a policy keeps no bit: a black image, which Pillow 13 refuses."""
-    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 NAME_TO_OP["PosterizeIncreasing"] = NAME_TO_OP["Posterize"] = posterize

@@ -41,8 +41,10 @@ def parse_args(argv=None):
     add("--knn-bank", type=cli.positive, metavar="IMAGES", help="training images that kNN searches "
         "(default: all)")  # fmt: skip
     args = cli.check_downstream(parser, parser.parse_args(argv))
-    if len(set(args.lr)) < len(args.lr):
-        parser.error("--lr names a rate twice")
+    if len({f"{lr:g}" for lr in args.lr}) < len(args.lr):  # as files and log.jsonl name them
+        parser.error("--lr names a rate twice, in 6 digits")
+    if args.knn_bank and not args.knn:
+        parser.error("--knn-bank needs --knn")
     if args.epochs == 0 and not (args.knn or args.evaluate):
         parser.error("--epochs 0 trains nothing: add --knn or --evaluate")
     return args

@@ -33,8 +33,8 @@ def parse_args(argv=None):
     add("--wd", "--weight-decay", type=cli.nonnegative, default=1e-6, help="weight decay")
     add("--warmup-epochs", type=cli.nonnegative, default=10, help="linear, from 0")
     add("--clip-grad", type=cli.positive_float, metavar="NORM", help="largest norm of the gradient")
-    add("--moco-dim", type=cli.positive, default=256, help="of queries and keys")
-    add("--moco-mlp-dim", type=cli.positive, default=4096, help="hidden width of the heads")
+    add("--moco-dim", type=cli.width, default=256, help="of queries and keys")
+    add("--moco-mlp-dim", type=cli.width, default=4096, help="hidden width of the heads")
     add("--moco-m", type=cli.share, default=0.99, help="momentum of the momentum encoder")
     add("--moco-m-cos", action="store_true", help="momentum rises to 1 by half a cosine")
     add("--moco-t", type=cli.positive_float, default=1.0, help="temperature")
@@ -65,6 +65,7 @@ def main(args):
 
     setting = backbone_setting(args) | Pixels.chosen(args)._asdict()
     dataset = cli.images(args, setting)
+    cli.check_apart(folder, args.data)
     batches = data.EpochBatches(len(dataset.train), args.batch_size, args.seed)
     crops = data.TwoCrops(dataset.train, args.img_size, args.crop_min, args.seed)
     loader = data.create_loader(crops, batches, args.workers, device, persistent=True)

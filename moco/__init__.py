@@ -13,6 +13,11 @@ class UserError(Exception):
         self.code, self.everywhere = code, everywhere
 
 
+def one_line(text):
+    """What would break a line or a terminal is escaped: names of files may hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def reason(error):
     """The first line of an exception, or its type where it says nothing."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moco import UserError, reason
+from moco import UserError, one_line, reason
 from moco.augment import Pixels
 from moco.distributed import leave
 from moco.keeper import Stop
@@ -28,13 +28,22 @@ class Parser(argparse.ArgumentParser):
         )
 
     def convert_arg_line_to_args(self, line):
+        if "\0" in line:  # UTF-16, perhaps
+            raise ValueError("it is no text")
         return shlex.split(re.sub(r"(^|\s)#.*", "", line))
 
     def parse_args(self, *args):
         try:
-            return super().parse_args(*args)
+            args = super().parse_args(*args)
         except ValueError as error:  # from a recipe: no text, or a quotation without its end
             self.error(f"can't read the recipe: {error}")
+        except RecursionError:
+            self.error("can't read the recipe: it names itself")
+        for name, value in vars(args).items():
+            if value == "":  # of a shell's variable that is not set; it would pass for no flag
+                flag = "DIR" if name == "data" else f"--{name.replace('_', '-')}"
+                self.error(f"{flag} is an empty text")
+        return args
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -62,7 +71,7 @@ def input_flags():
         "or height and width (default: its own)")  # fmt: skip
     add("--small-stem", action="store_true", help="of a ResNet, for small images: 3×3 convolution "
         "with stride 1, no max-pooling")  # fmt: skip
-    add("-j", "--workers", type=count, default=min(8, cores()), help="data-loading processes for "
+    add("-j", "--workers", type=few, default=min(8, cores()), help="data-loading processes for "
         "each training process")  # fmt: skip
     add("--hf-columns", nargs="+", action=Pair, metavar=("IMAGE", "LABEL"), help="of hf:NAME "
         "(default: the only ones of their type)")  # fmt: skip
@@ -90,7 +99,7 @@ def shared_flags():
     add("--save-minutes", type=nonnegative, default=30, metavar="MINUTES", help="between "
         "checkpoints, beside those at the ends of epochs; 0: only these")  # fmt: skip
     add("--allow-changed-args", action="store_true", help="resume though arguments differ")
-    add("--timeout", type=positive_float, default=600, metavar="SECONDS", help="that a process "
+    add("--timeout", type=seconds, default=600, metavar="SECONDS", help="that a process "
         "waits for the others")  # fmt: skip
     add("-p", "--print-freq", type=positive, default=10, metavar="STEPS", help="steps between log "
         "lines")  # fmt: skip
@@ -131,7 +140,17 @@ def output_folder(args, arch, job):
     """--output-dir, or runs/RUN_JOB for a checkpoint in …/RUN."""
     run = Path(args.pretrained).resolve().parent.name if args.pretrained else arch
     control = "_from_scratch" if args.from_scratch else ""
-    return Path(args.output_dir or f"runs/{run}_{job}{control}")
+    folder = Path(args.output_dir or f"runs/{run}_{job}{control}")
+    check_apart(folder, args.data)
+    return folder
+
+
+def check_apart(folder, data):
+    """UserError if a run's folder lies among the images: its pictures would be taken for some."""
+    root = Path(data).resolve()
+    images = [root / "train", root / "val"] if (root / "train").is_dir() else [root]
+    if data not in NAMES and any(folder.resolve().is_relative_to(path) for path in images):
+        raise UserError(f"--output-dir {folder} lies among the images of {data}: put it elsewhere")
 
 
 def origin(args):
@@ -174,18 +193,26 @@ def _number(kind, good, what):
     return parse
 
 
-positive = _number(int, lambda v: v > 0, "a whole number above 0")
-count = _number(int, lambda v: v >= 0, "a whole number, 0 or more")
-nonnegative = _number(float, lambda v: 0 <= v < float("inf"), "a number, 0 or more")
-positive_float = _number(float, lambda v: 0 < v < float("inf"), "a number above 0")
+# With bounds that leave room for products: 64-bit integers, seconds as nanoseconds, fp32.
+positive = _number(int, lambda v: 0 < v < 2**31, "a whole number above 0, below 2³¹")
+count = _number(int, lambda v: 0 <= v < 2**31, "a whole number from 0, below 2³¹")
+few = _number(int, lambda v: 0 <= v <= 1024, "a whole number from 0 to 1024")
+width = _number(int, lambda v: 0 < v <= 2**16, "a width, from 1 to 65536")
+positive_float = _number(float, lambda v: 1e-12 <= v <= 1e38, "a number above 0 (1e-12 to 1e38)")
+nonnegative = _number(
+    float, lambda v: v == 0 or 1e-12 <= v <= 1e38, "a number, 0 or more (1e-12 to 1e38)"
+)
+seconds = _number(float, lambda v: 1 <= v <= 1e9, "a number of seconds (1 to 1e9)")
 share = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
-side = _number(int, lambda v: v > 0, "a side in pixels (DIR goes before it)")
+below_1 = _number(float, lambda v: 0 <= v < 1, "a number from 0, below 1")
+side = _number(int, lambda v: 0 < v < 2**16, "a side in pixels (DIR goes before it)")
 seed = _number(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2³² − 1")
 
 
 def run(main, parse_args):
     """The script: parses, calls main(args); what goes wrong becomes one line and an exit code."""
     script = os.path.basename(sys.argv[0])
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names may be of no encoding
     code, error, everywhere = 0, None, True  # error: a text, for an exception holds the workers
     try:
         main(parse_args())
@@ -203,7 +230,7 @@ def run(main, parse_args):
         if not error:
             raise
     if error and (everywhere or os.environ.get("LOCAL_RANK", "0") == "0"):
-        print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{script}: error: {one_line(error)}", file=sys.stderr, flush=True)
     if not code:
         leave()
     sys.exit(code)

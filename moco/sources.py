@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import os
+import stat
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
-from moco import UserError, distributed, reason
+from moco import UserError, distributed, one_line, reason
 from moco.augment import RGB, luminance
 
 try:
@@ -121,10 +122,7 @@ class Unreadable(Exception):
 
     def __init__(self, path, reason):
         super().__init__(path, reason)
-        self.path, self.reason = (
-            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-            for text in (path, reason)
-        )
+        self.path, self.reason = one_line(path), one_line(reason)
 
 
 def decode(path, pixels=RGB, data=None):
@@ -136,7 +134,11 @@ def decode(path, pixels=RGB, data=None):
     another number of channels, or of unknown range.
     """
     try:
-        data = bytearray(Path(path).read_bytes() if data is None else data)
+        if data is None:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe blocks, a device may never end
+                raise ValueError("no regular file")
+            data = Path(path).read_bytes()
+        data = bytearray(data)
         if data.startswith(b"\xff\xd8"):
             frame, count = _jpeg_frame(data)
             # Zeros at the end, as an interrupted copy leaves them, would come out gray.

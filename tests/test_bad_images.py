@@ -106,8 +106,10 @@ def test_what_is_no_file_is_unreadable(tmp_path):
     (tmp_path / "folder.jpg" / "a.jpg").write_bytes(JPEG)
     source = load_data(str(tmp_path)).train
     assert len(source) == 2 and source.read(0).shape == (3, 64, 64)
-    for path in ("link.jpg", "gone.png", "folder.jpg"):
-        with pytest.raises(Unreadable, match=r"No such file|Is a directory"):
+    os.mkfifo(tmp_path / "pipe.jpg")  # which would be waited for
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    for path in ("link.jpg", "gone.png", "folder.jpg", "pipe.jpg", "endless.jpg"):
+        with pytest.raises(Unreadable, match=r"No such file|no regular file"):
             decode(str(tmp_path / path))
 
 

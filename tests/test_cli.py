@@ -1,5 +1,8 @@
 """Flag files, numbers, and how a script ends."""
 
+import io
+import sys
+
 import pytest
 
 from moco import UserError, cli
@@ -19,7 +22,9 @@ def test_recipes_hold_flags_comments_and_quoted_words(tmp_path):
     assert args.output_dir == "runs/my run#1"
 
 
-@pytest.mark.parametrize("content", [b"DIR --arch 'open", b"\xff\xfe DIR"])
+@pytest.mark.parametrize(
+    "content", [b"DIR --arch 'open", b"\xff\xfe DIR", "DIR".encode("utf-16-le")]
+)
 def test_recipe_that_cannot_be_read_is_refused(tmp_path, content):
     recipe = tmp_path / "recipe.txt"
     recipe.write_bytes(content)
@@ -37,7 +42,10 @@ def test_sizes_are_a_side_or_height_and_width(words, size):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--epochs -1", "--batch-size 0", "--seed 4294967296", "--print-freq 0", "--img-size 1 2 3"],
+    (
+        "--epochs -1, --batch-size 0, --seed 4294967296, --print-freq 0, --img-size 1 2 3, "
+        "--img-size 65536, --epochs 2147483648, --workers 1025, --timeout .1, --save-minutes 1e308"
+    ).split(", "),
 )
 def test_numbers_out_of_range_are_refused(flags):
     with pytest.raises(UserError, match=flags.split()[0]):
@@ -67,3 +75,16 @@ def test_a_script_ends_with_one_line_and_its_code(
     with pytest.raises(SystemExit) as stop:
         cli.run(main, lambda: None)
     assert stop.value.code == code and capsys.readouterr().err.count("\n") == lines
+
+
+def test_names_of_any_bytes_are_printed_and_stay_on_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+
+    def main(args):
+        print("τ \udcff", flush=True)
+        raise UserError("no\nsuch \udcff\x1b[0m ü")
+
+    with pytest.raises(SystemExit):
+        cli.run(main, lambda: None)
+    assert sys.stdout.buffer.getvalue() == b"\\u03c4 \\udcff\n"
+    assert capsys.readouterr().err.endswith("error: no\\nsuch \\udcff\\x1b[0m ü\n")
