@@ -264,9 +264,14 @@ def test_other_numbers_of_channels_are_kept(tmp_path):
     gray = {key: value.contiguous() for key, value in gray.items()}
     save_file(gray, folder / "model.safetensors")
     config = dict(architecture="resnet18", model_args=dict(in_chans=1),
-                  pretrained_cfg=dict(input_size=(1, 64, 64)))  # fmt: skip
+                  pretrained_cfg=dict(input_size=(1, 64, 64), mean=(0.3,), std=(0.2,)))  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    assert_same(load_timm(run(folder, tmp_path / "out", "timm")).state_dict(), gray)
+    ours = run(folder, tmp_path / "ours.pth", "official")
+    assert checkpoint.load(ours)["mean"] == (0.3,)
+    out = run(ours, tmp_path / "out", "timm")
+    assert_same(load_timm(out).state_dict(), gray)
+    images = json.loads((out / "config.json").read_text())["pretrained_cfg"]
+    assert (images["mean"], images["std"]) == ([0.3], [0.2])
 
 
 def test_a_vit_small_keeps_the_heads_it_has(tmp_path):

@@ -87,6 +87,7 @@ def main(args):
     stated = dict(arch=setting["arch"], num_heads=content.get("num_heads"), state_dict=backbone)
     checkpoint.load_model(model, stated, args.source)
     about = setting | dict(num_heads=checkpoint.num_heads(model))
+    about |= {key: content[key] for key in ("mean", "std", "max_value") if content.get(key)}
     heads = {  # by their names in the file
         key: value
         for key, value in state.items()
@@ -127,7 +128,9 @@ def read_timm(file):
             return content
         config = json.loads(path.read_text())
         options, arch = config.get("model_args") or {}, config["architecture"]
-        size = options.get("img_size") or config["pretrained_cfg"]["input_size"][1:]
+        images = config["pretrained_cfg"]
+        content |= {key: tuple(images[key]) for key in ("mean", "std") if key in images}
+        size = options.get("img_size") or images["input_size"][1:]
         content |= dict(img_size=pair(size), in_chans=options.get("in_chans"))
         content["patch_size"] = options.get("patch_size") and pair(options["patch_size"])
         if "embed_dim" in options:  # a ViT of ours, by write_timm
@@ -281,8 +284,8 @@ def write_timm(folder, weights, about, model):
             fixed_input_size=theirs.pretrained_cfg.get("fixed_input_size", False),
             interpolation="bilinear",
             crop_pct=0.875,
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
+            mean=about.get("mean", IMAGENET_DEFAULT_MEAN),
+            std=about.get("std", IMAGENET_DEFAULT_STD),
             first_conv=theirs.pretrained_cfg.get("first_conv"),
             classifier=model.classifier_name,
         ),
