@@ -29,7 +29,7 @@ FLAGS = (
 
 def main():
     args = report.parser(__doc__).parse_args()
-    epochs = 20 if args.quick else 500
+    epochs = 8 if args.quick else 500
     with tempfile.TemporaryDirectory() as folder:
         argv = [sys.executable, SCRIPT, *FLAGS, "--epochs", str(epochs), "--warmup-epochs", "1",
                 "--output-dir", folder]  # fmt: skip
