@@ -10,46 +10,56 @@ Two nodes, the same line on both (HOST is the first of them):
 """
 
 import math
-from functools import partial
-from pathlib import Path
 
 import torch
 
-from moco import checkpoint, cli, data, distributed
-from moco.augment import Pixels, Views, augment
-from moco.backbones import check_precision, create_backbone
-from moco.builder import MoCo
-from moco.evaluation import KNN
-from moco.keeper import Keeper
-from moco.log import Log, describe, draw_views, introduce
-from moco.optimizer import cosine_momentum, create_optimizer, descend, set_lr, warmup_cosine
+from engine import checkpoint, cli, launch, plots, weights
+from engine.backbones import BackboneConfig, check_bf16_conv_gradients
+from engine.errors import UserError
+from engine.evaluation import KNN
+from engine.loader import EpochBatchSampler, TwoCrops, create_loader, unpack_batches
+from engine.run import Run
+from moco import (
+    LazyViews,
+    MoCo,
+    augment,
+    cosine_momentum,
+    create_optimizer,
+    optimizer_step,
+    scaled_lr,
+    set_lr,
+    warmup_cosine_lr,
+)
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__, parents=[cli.shared_flags()])
     add = parser.add_argument
     add("--optimizer", choices=("lars", "adamw"), default="lars", help="LARS for ResNets")
-    add("--lr", type=cli.nonnegative, default=0.6, help="base rate; used: lr · batch/256")
-    add("--wd", "--weight-decay", type=cli.nonnegative, default=1e-6, help="weight decay")
-    add("--warmup-epochs", type=cli.nonnegative, default=10, help="linear, from 0")
-    add("--clip-grad", type=cli.positive_float, metavar="NORM", help="largest norm of the gradient")
-    add("--moco-dim", type=cli.width, default=256, help="of queries and keys")
+    add("--lr", type=cli.non_negative_float, default=0.6, help="base lr, scaled by batch/256")
+    add("--wd", "--weight-decay", type=cli.non_negative_float, default=1e-6, help="weight decay")
+    add("--warmup-epochs", type=cli.non_negative_float, default=10, help="linear warm-up from 0")
+    add("--clip-grad", type=cli.positive_float, metavar="NORM", help="largest gradient norm")
+    add("--moco-dim", type=cli.width, default=256, help="width of queries and keys")
     add("--moco-mlp-dim", type=cli.width, default=4096, help="hidden width of the heads")
-    add("--moco-m", type=cli.share, default=0.99, help="momentum of the momentum encoder")
-    add("--moco-m-cos", action="store_true", help="momentum rises to 1 by half a cosine")
+    add("--moco-m", type=cli.fraction, default=0.99, help="momentum of the momentum encoder")
+    add("--moco-m-cos", action="store_true", help="raise the momentum to 1 by half a cosine")
     add("--moco-t", type=cli.positive_float, default=1.0, help="temperature")
     add("--stop-grad-conv1", action="store_true", help="keep a ViT's patch projection random")
-    add("--crop-min", type=cli.share, default=0.08, help="smallest crop, share of the area")
-    add("--encode-chunk", type=cli.count, default=0, metavar="VIEWS", help="of a process that go "
-        "through the backbone at a time: less memory, the same gradient")  # fmt: skip
+    add("--crop-min", type=cli.fraction, default=0.08, help="smallest crop, fraction of the area")
+    count = cli.non_negative_int
+    chunk = "views that pass the backbone at a time: less memory, the same gradient"
+    add("--encode-chunk", type=count, default=0, metavar="VIEWS", help=chunk)
     add("--compile", action="store_true", help="torch.compile the backbones")
     add("--init-from", metavar="PATH", help="start from the weights of a checkpoint")
-    add("--save-every", type=cli.count, default=0, metavar="EPOCHS", help="keep these checkpoints "
-        "beside the last one")  # fmt: skip
-    add("--knn-every", type=cli.count, default=10, metavar="EPOCHS", help="0: never")
-    add("--knn-bank", type=cli.positive, default=50_000, metavar="IMAGES", help="training images "
-        "that kNN searches")  # fmt: skip
+    save = "keep every such checkpoint beside the last one"
+    add("--save-every", type=count, default=0, metavar="EPOCHS", help=save)
+    add("--knn-every", type=count, default=10, metavar="EPOCHS", help="evaluate kNN; 0: never")
+    bank = "training images that kNN searches"
+    add("--knn-bank", type=cli.positive_int, default=50_000, metavar="IMAGES", help=bank)
     args = parser.parse_args(argv)
+    if args.epochs == 0:
+        parser.error("--epochs 0 trains nothing (kNN alone: main_lincls.py --knn --epochs 0)")
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
     if args.init_from and args.resume not in (None, "auto"):
@@ -58,129 +68,134 @@ def parse_args(argv=None):
 
 
 def main(args):
-    device, amp = distributed.set_up(args.device, args.amp, args.timeout)
-    autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
-    folder = Path(args.output_dir or f"runs/{args.arch}")
-    previous = checkpoint.find_previous(args, folder)
+    env = launch.init_distributed(args.device, args.amp, args.timeout)
+    run = Run(args, env, cli.output_folder(args, args.arch))
 
-    setting = backbone_setting(args) | Pixels.chosen(args)._asdict()
-    dataset = cli.images(args, setting)
-    cli.check_apart(folder, args.data)
-    batches = data.EpochBatches(len(dataset.train), args.batch_size, args.seed)
-    crops = data.TwoCrops(dataset.train, args.img_size, args.crop_min, args.seed)
-    loader = data.create_loader(crops, batches, args.workers, device, persistent=True)
-    knn = None
-    if args.knn_every and dataset.val:
-        knn = KNN(dataset, args.img_size, args.knn_bank, args.workers, device)
+    config = BackboneConfig.from_args(args)
+    splits = cli.load_splits_from_args(args, config.pixel_format)
+    crops = TwoCrops(splits.train, config.img_size, args.crop_min, args.seed)
+    sampler = EpochBatchSampler(len(crops), args.batch_size, args.seed)
+    check_schedule(args, steps_per_epoch=len(sampler))
+    loader = create_loader(crops, sampler, args.workers, env.device, persistent=True)
 
-    model = create_model(args, device, amp)
+    model = create_model(args, config, env)
     optimizer = create_optimizer(args.optimizer, model, args.lr, args.wd)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    chance = 4 * args.moco_t * math.log(args.batch_size)  # 4τ·ln N
-    images = len(dataset.train)
-    bad = data.BadImages(args.max_bad_images, images, folder, resumed=bool(previous))
-    log = Log(folder, args, len(batches), bad, chance)
-    parts = dict(optimizer=optimizer, scaler=scaler, batches=batches, log=log)
-    if args.init_from and not previous:
-        checkpoint.load_model(model, checkpoint.load(args.init_from), args.init_from)
-    epoch, iteration, _ = checkpoint.resume(previous, args, model, **parts)
-    distributed.check_agreement(device, images=len(dataset.train), steps=iteration)
-    ddp = distributed.parallel(model, device)
+    scaler = env.grad_scaler()
+    if args.init_from and not run.resuming:
+        weights.load_moco(model, checkpoint.load(args.init_from), args.init_from)
+    run.restore(loader, config, splits, model=model, optimizer=optimizer, scaler=scaler)
+    ddp_model = env.wrap_ddp(model)
+    knn = None
+    if args.knn_every > 0 and splits.val is not None:
+        knn = KNN(splits, config.img_size, args.knn_bank, args.workers, env)
+    print_config(args, run, model, splits, sampler)
+    plot_first_views(run, crops)
 
-    about = describe(args, device, amp, **setting)
-    parameters = sum(p.numel() for p in model.parameters())
-    introduce(
-        folder,
-        about,
-        model=f"{args.arch}, {parameters:,} parameters with both encoders and predictor",
-        data=f"{args.data}: {dataset}",
-        batch=batches,
-        rate=f"{args.lr:g} · {args.batch_size}/256 = {peak_lr(args):g}, {args.optimizer}",
-        **left_out(args.in_chans),
-    )
-    if distributed.rank() == 0:
-        draw_views(folder, *first_views(crops, device, bad), crops.source.pixels)
-
-    def get_state():
-        log.check_weights(model)
-        return checkpoint.training_state(about, keeper.epoch, keeper.iteration, model, **parts)
-
-    def evaluate():
-        [found] = knn(model.base_encoder, autocast, bad=bad)
-        log.evaluation(f"kNN {found:.1f} %", knn=found)
-        return found
-
-    with log, Keeper(folder, args.save_minutes, get_state, epoch, iteration) as keeper:
-        if knn and not iteration:
-            found = evaluate()
-            log.say(f"kNN {found:.1f} % before training, k {knn.k}, bank {len(knn.chosen):,}")
-        for done in range(epoch + 1, args.epochs + 1):
-            train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, args, log, keeper)
-            new_knn = knn and (done % args.knn_every == 0 or done == args.epochs)
-            if new_knn:
-                evaluate()
-            keep = args.save_every and done % args.save_every == 0
-            keeper.end_epoch(f"checkpoint_{done:04}.pth" if keep else None)
-            log.epoch(done, new_knn)
+    with run:
+        if knn is not None and run.step == 0:
+            evaluate(run, knn, model)
+        for epoch in range(run.epoch + 1, args.epochs + 1):
+            train_one_epoch(ddp_model, model, loader, optimizer, scaler, run)
+            knn_due = knn is not None and (is_due(epoch, args.knn_every) or epoch == args.epochs)
+            if knn_due:
+                evaluate(run, knn, model)
+            keep_as = f"checkpoint_{epoch:04}.pth" if is_due(epoch, args.save_every) else None
+            run.end_epoch(keep_as, evaluated=knn_due)
 
 
-def train_one_epoch(ddp, model, loader, optimizer, scaler, autocast, args, log, keeper):
-    """What is left of an epoch; `ddp` is `model`, or the model wrapped for several processes."""
-    ddp.train()
-    device, pixels = next(model.parameters()).device, Pixels.chosen(args)
-    loader.batch_sampler.start(keeper.epoch, keeper.iteration)
-    for step, (crops, rows) in enumerate(log.timed(loader), keeper.iteration):
-        t = step / len(loader)  # in epochs
-        lr = warmup_cosine(t, args.epochs, args.warmup_epochs, peak_lr(args))
+def train_one_epoch(ddp_model, model, loader, optimizer, scaler, run):
+    """The steps that are left of an epoch.
+
+    ddp_model averages the gradients over the ranks; the momentum update acts on `model` in it.
+    """
+    args, env, pixel_format = run.args, run.env, loader.dataset.dataset.pixel_format
+    chance = 4 * args.moco_t * math.log(args.batch_size)  # two terms of 2τ · ln N
+    ddp_model.train()
+    for crops, params in run.batches(loader):  # uint8 [2, N, C, H, W], float32 [2, N, 9]
+        t = run.step / len(loader)  # in epochs
+        peak_lr = scaled_lr(args.lr, args.batch_size)
+        lr = warmup_cosine_lr(t, args.epochs, args.warmup_epochs, peak_lr)
         m = cosine_momentum(t, args.epochs, args.moco_m) if args.moco_m_cos else args.moco_m
         set_lr(optimizer, lr)
 
-        crops = crops.to(device, non_blocking=device.type == "cuda")  # uint8 [2, N, C, H, W]
-        if args.encode_chunk:
-            x1, x2 = (Views(*view, pixels) for view in zip(crops, rows))
-        else:
-            x1, x2 = augment(crops.flatten(0, 1), rows.flatten(0, 1), pixels).chunk(2)
-        with autocast():
-            loss, monitors = ddp(x1, x2)
-
-        descend(loss, optimizer, scaler, args.clip_grad)
+        x1, x2 = make_views(env.to_device(crops), params, pixel_format, lazy=args.encode_chunk > 0)
+        with env.autocast():
+            loss, metrics = ddp_model(x1, x2)
+        optimizer_step(loss, optimizer, scaler, args.clip_grad)
         model.update_momentum_encoder(m)
-        log.step(step + 1, dict(lr=lr, m=m), loss=loss, **monitors)
-        keeper.step(step + 1)
+
+        # Saves when it is time to; raises Interrupted after a signal.
+        run.end_step(loss=loss, **metrics, chance=chance, lr=lr, m=m)
 
 
-def peak_lr(args):
-    return args.lr * args.batch_size / 256
+def make_views(crops, params, pixel_format, lazy=False):
+    """crops: uint8 [2, N, C, H, W] on the device; params: float32 [2, N, 9] on the CPU → x1, x2.
+
+    lazy: the model augments one chunk at a time, so that a large batch stays uint8 in memory.
+    """
+    mean, std = pixel_format.mean, pixel_format.std
+    if lazy:
+        return [LazyViews(*view, mean, std) for view in zip(crops, params)]
+    return augment(crops.flatten(0, 1), params.flatten(0, 1), mean, std).chunk(2)
 
 
-def backbone_setting(args):
-    """What a checkpoint must say for the backbone to be created again."""
-    names = ("arch", "img_size", "patch_size", "small_stem", "in_chans")
-    return {name: getattr(args, name) for name in names}
+def create_model(args, config, env):
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
+    backbone = config.create_backbone(stop_grad_conv1=args.stop_grad_conv1)
+    check_bf16_conv_gradients(backbone, config, env)
+    model = MoCo(
+        env.sync_batchnorm(backbone),
+        dim=args.moco_dim,
+        mlp_dim=args.moco_mlp_dim,
+        T=args.moco_t,
+        encode_chunk=args.encode_chunk,
+        compile=args.compile,
+    )
+    return model.to(env.device)
 
 
-def create_model(args, device, amp):
-    torch.manual_seed(args.seed)  # the same weights on every rank
-    backbone = create_backbone(**backbone_setting(args), stop_grad_conv1=args.stop_grad_conv1)
-    check_precision(backbone, args.img_size, device, amp, args.in_chans)
-    backbone = distributed.synchronize_batchnorm(backbone, device)
-    heads = (args.moco_dim, args.moco_mlp_dim, args.moco_t)
-    return MoCo(backbone, *heads, args.encode_chunk, args.compile).to(device)
+def evaluate(run, knn, model):
+    [accuracy] = knn(model.base_encoder, run.unreadable)
+    run.log_eval(f"kNN {accuracy:.1f} %", knn=accuracy)
+    if run.step == 0:
+        run.print(
+            f"kNN {accuracy:.1f} % before training, k {knn.k}, bank {len(knn.bank_indices):,}"
+        )
 
 
-def left_out(in_chans):
-    """What the augmentation leaves out, as a line for `introduce`."""
-    colours = f"{in_chans} channel(s): without saturation, hue and grayscale, which need red, green"
-    return {} if in_chans == 3 else {"views": f"{colours} and blue"}
+def print_config(args, run, model, splits, sampler):
+    num_params = sum(p.numel() for p in model.parameters())
+    peak_lr = scaled_lr(args.lr, args.batch_size)
+    lines = dict(
+        model=f"{args.arch}, {num_params:,} parameters with both encoders and predictor",
+        data=f"{args.data}: {splits}",
+        batch=sampler,
+        lr=f"{args.lr:g} · {args.batch_size}/256 = {peak_lr:g}, {args.optimizer}",
+    )
+    if args.in_chans != 3:
+        lines["views"] = "without saturation, hue and grayscale, which need RGB"
+    run.print_config(**lines)
 
 
-def first_views(crops, device, bad):
-    """The first ten images, as the first epoch shows them → x1, x2, [10, C, H, W]."""
-    batch = crops.__getitems__([(0, i) for i in range(min(10, len(crops)))])
-    images, rows = next(data.checked([batch], bad))
-    pixels = crops.source.pixels
-    return augment(images.flatten(0, 1).to(device), rows.flatten(0, 1), pixels).chunk(2)
+def plot_first_views(run, crops, num_images=10):
+    """The first images, as the first epoch shows them, into views.png."""
+    if not launch.is_main():
+        return
+    keys = [(0, index) for index in range(min(num_images, len(crops)))]
+    images, params = next(unpack_batches([crops.__getitems__(keys)], run.unreadable))
+    pixel_format = crops.dataset.pixel_format
+    x1, x2 = make_views(run.env.to_device(images), params, pixel_format)
+    plots.plot_views(run.folder, x1, x2, pixel_format)
+
+
+def check_schedule(args, steps_per_epoch):
+    if args.epochs * steps_per_epoch == 1 and args.warmup_epochs > 0:
+        raise UserError("the only step would be at learning rate 0: --warmup-epochs 0")
+
+
+def is_due(epoch, every):
+    return every > 0 and epoch % every == 0
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args)
+    cli.run_script(main, parse_args)

@@ -1,7 +1,7 @@
-"""MoCo v3's ViTs, on timm's VisionTransformer; moco/backbones.py creates them by name.
+"""MoCo v3's ViTs, on timm's VisionTransformer.
 
-vit = VisionTransformer(img_size=224, stop_grad_conv1=True, **VITS["vit_small"])
-vit.forward_head(vit.forward_features(x), pre_logits=True)         # class token, [N, 384]
+vits.vit_small(num_classes=0)(x)                            # [N, 3, 224, 224] → [N, 384]
+moco.MoCo(vits.vit_base(stop_grad_conv1=True), T=0.2)       # the projector replaces the classifier
 """
 
 import math
@@ -9,12 +9,10 @@ from functools import partial
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer as TimmViT
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 
-from moco import UserError
-
-# ViT-S has 12 heads, as the paper has it; timm's and DeiT's has 6, and the weights' shapes agree.
+# ViT-S has 12 heads, as in the paper; timm's and DeiT's has 6, and the shapes of the weights agree.
 VITS = {
     "vit_nano": dict(embed_dim=128, depth=4, num_heads=4),  # ours, for small images on a CPU
     "vit_conv_nano": dict(embed_dim=128, depth=3, num_heads=4, conv_stem=True),
@@ -29,11 +27,52 @@ VITS = {
 }
 
 
-class VisionTransformer(TimmViT):
-    """timm's ViT with MoCo v3's position embedding and initialisation (paper Sec. 4.4, Appendix).
+# kwargs: those of VisionTransformer below.
+def vit_nano(**kwargs):
+    return VisionTransformer(**VITS["vit_nano"] | kwargs)
 
-    x: [N, in_chans, H, W], (H, W) = img_size, each a multiple of patch_size. `stop_grad_conv1`
-    leaves the patch projection at its random initialisation: the cure for instability, Sec. 4.3.
+
+def vit_conv_nano(**kwargs):
+    return VisionTransformer(**VITS["vit_conv_nano"] | kwargs)
+
+
+def vit_tiny(**kwargs):
+    return VisionTransformer(**VITS["vit_tiny"] | kwargs)
+
+
+def vit_small(**kwargs):
+    return VisionTransformer(**VITS["vit_small"] | kwargs)
+
+
+def vit_base(**kwargs):
+    return VisionTransformer(**VITS["vit_base"] | kwargs)
+
+
+def vit_large(**kwargs):
+    return VisionTransformer(**VITS["vit_large"] | kwargs)
+
+
+def vit_huge(**kwargs):
+    return VisionTransformer(**VITS["vit_huge"] | kwargs)
+
+
+def vit_conv_small(**kwargs):
+    return VisionTransformer(**VITS["vit_conv_small"] | kwargs)
+
+
+def vit_conv_base(**kwargs):
+    return VisionTransformer(**VITS["vit_conv_base"] | kwargs)
+
+
+class VisionTransformer(TimmVisionTransformer):
+    """timm's ViT with MoCo v3's position embedding and initialization (Sec. 4.4, Appendix).
+
+    x: [N, in_chans, H, W] → [N, num_classes], or the class token [N, embed_dim] if num_classes = 0.
+    img_size, patch_size: an int or (height, width) in pixels; img_size is a multiple of patch_size.
+    stop_grad_conv1: the patch projection stays at its random initialization, the paper's cure for
+        instability (Sec. 4.3).
+    conv_stem: four convolutions in place of the patch projection; patch_size is a power of 2.
+    kwargs: as for timm's class, for example in_chans, drop_path_rate, num_classes (default 1000).
     """
 
     classifier_name = "head"
@@ -41,10 +80,15 @@ class VisionTransformer(TimmViT):
     def __init__(
         self, img_size=224, patch_size=16, stop_grad_conv1=False, conv_stem=False, **kwargs
     ):
+        img_size, patch_size = to_pair(img_size), to_pair(patch_size)
+        if conv_stem and stop_grad_conv1:
+            raise ValueError("stop_grad_conv1 has no patch projection to fix in a conv stem")
+        if conv_stem and patch_size not in ((2, 2), (4, 4), (8, 8), (16, 16), (32, 32)):
+            raise ValueError("each layer of a conv stem halves: patch_size 2, 4, 8, 16 or 32")
+        check_patches(img_size, patch_size)
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
-            num_classes=0,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             embed_layer=ConvStem if conv_stem else PatchEmbed,
             weight_init="skip",
@@ -56,7 +100,9 @@ class VisionTransformer(TimmViT):
         nn.init.normal_(self.cls_token, std=1e-6)
         for name, module in self.blocks.named_modules():
             if isinstance(module, nn.Linear):
-                init_linear(module, matrices=3 if name.endswith("qkv") else 1)
+                xavier_uniform_(module, num_matrices=3 if name.endswith("qkv") else 1)
+        if isinstance(self.head, nn.Linear):
+            xavier_uniform_(self.head)
         if not conv_stem:  # Xavier-uniform, the projection seen as one Linear(3·p², d)
             projection = self.patch_embed.proj
             fan_in = projection.weight[0].numel()
@@ -75,79 +121,62 @@ class ConvStem(nn.Module):
 
     def __init__(self, img_size, patch_size, in_chans, embed_dim, **_):
         super().__init__()
-        self.patch_size = patch_size  # timm reads these three
+        self.patch_size = patch_size  # timm's VisionTransformer reads these three and feat_ratio
         self.grid_size = tuple(side // p for side, p in zip(img_size, patch_size))
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
-        layers, chans = [], in_chans
-        for halvings_left in reversed(range(int(math.log2(patch_size[0])))):
-            out = embed_dim // 2**halvings_left
-            conv = nn.Conv2d(chans, out, 3, stride=2, padding=1, bias=False)
-            layers += [conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
-            chans = out
-        self.proj = nn.Sequential(*layers, nn.Conv2d(chans, embed_dim, 1))
+        depth = int(math.log2(patch_size[0]))
+        layers, d_in = [], in_chans
+        for i in range(depth):
+            d_out = embed_dim // 2 ** (depth - 1 - i)
+            conv = nn.Conv2d(d_in, d_out, 3, stride=2, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(d_out), nn.ReLU(inplace=True)]
+            d_in = d_out
+        self.proj = nn.Sequential(*layers, nn.Conv2d(d_in, embed_dim, 1))
 
     def feat_ratio(self):
+        """Stride of the feature map, for timm's feature_info."""
         return self.patch_size
 
     def forward(self, x):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-def sincos_position_embedding(rows, columns, dim):
-    """Fixed 2-D sine-cosine position embedding → [1, 1 + rows·columns, dim], class token first.
+def sincos_position_embedding(grid_h, grid_w, dim):
+    """Fixed 2-D sine-cosine position embedding → [1, 1 + grid_h·grid_w, dim], class token first.
 
     Cell (r, c) holds [sin rω, cos rω, sin cω, cos cω], ω_i = 10000^(−4i/dim), cells row-major; the
-    class token's row is zero. That is the layout in published MoCo v3 checkpoints.
+    class token's entry is zero. That is the layout in published MoCo v3 checkpoints.
     """
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    r = torch.arange(rows, dtype=torch.float64).outer(omega)  # [rows, dim/4]
-    c = torch.arange(columns, dtype=torch.float64).outer(omega)  # [columns, dim/4]
-    r = torch.cat([r.sin(), r.cos()], 1)[:, None].expand(-1, columns, -1)
-    c = torch.cat([c.sin(), c.cos()], 1)[None].expand(rows, -1, -1)
-    cells = torch.cat([r, c], dim=2).flatten(0, 1)  # [rows·columns, dim]
+    r = torch.arange(grid_h, dtype=torch.float64).outer(omega)  # [grid_h, dim/4]
+    c = torch.arange(grid_w, dtype=torch.float64).outer(omega)  # [grid_w, dim/4]
+    r = torch.cat([r.sin(), r.cos()], 1)[:, None].expand(-1, grid_w, -1)
+    c = torch.cat([c.sin(), c.cos()], 1)[None].expand(grid_h, -1, -1)
+    cells = torch.cat([r, c], dim=2).flatten(0, 1)  # [grid_h·grid_w, dim]
     return torch.cat([torch.zeros(1, dim), cells.float()])[None]
 
 
-def init_linear(linear, matrices=1):
-    """Xavier-uniform, bias 0. matrices=3: a fused qkv weight counts as three square matrices."""
-    bound = math.sqrt(6 / (linear.out_features / matrices + linear.in_features))
+def xavier_uniform_(linear, num_matrices=1):
+    """Xavier-uniform, bias 0. num_matrices=3: a fused qkv weight counts as three square ones."""
+    bound = math.sqrt(6 / (linear.out_features / num_matrices + linear.in_features))
     nn.init.uniform_(linear.weight, -bound, bound)
     nn.init.zeros_(linear.bias)
 
 
-def create_vit(arch, img_size, patch_size, stop_grad_conv1, drop_path, in_chans):
-    """A VisionTransformer by its name in VITS; arguments as in moco.backbones.create_backbone."""
-    config = dict(VITS[arch])
-    conv_stem = config.get("conv_stem", False)
-    if conv_stem and stop_grad_conv1:
-        raise UserError(f"--stop-grad-conv1 has no patch projection to fix in {arch}: drop it")
-    config["patch_size"] = patch = pair(patch_size or config.get("patch_size", 16))
-    if conv_stem and patch not in ((2, 2), (4, 4), (8, 8), (16, 16), (32, 32)):
-        raise UserError(f"each layer of {arch}'s stem halves: --patch-size 2, 4, 8, 16 or 32")
-    check_patches(img_size, patch)
-    return VisionTransformer(
-        pair(img_size),
-        stop_grad_conv1=stop_grad_conv1,
-        drop_path_rate=drop_path,
-        in_chans=in_chans,
-        **config,
-    )
-
-
 def check_patches(img_size, patch_size):
-    """UserError unless whole patches make up the image."""
-    if any(side % p for side, p in zip(pair(img_size), patch_size)):
-        raise UserError(
-            f"an image of {size_text(img_size)} can't be cut into patches of "
-            f"{size_text(patch_size)}: --img-size must be a multiple of --patch-size"
+    """ValueError unless the image divides into whole patches; both are (height, width)."""
+    if any(side % p for side, p in zip(img_size, patch_size)):
+        raise ValueError(
+            f"img_size {size_to_str(img_size)} is not a multiple of "
+            f"patch_size {size_to_str(patch_size)}"
         )
 
 
-def pair(size):
+def to_pair(size):
     """int or (height, width) → (height, width)."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def size_text(size):
-    return "{}×{}".format(*pair(size))
+def size_to_str(size):
+    return "{}×{}".format(*to_pair(size))

@@ -16,10 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from moco.log import read_rows  # noqa: E402
+from engine.log import read_log
+
+ROOT = Path(__file__).parents[1]
 
 
 def script(name, *args):
@@ -30,38 +31,38 @@ def script(name, *args):
     return round(time.perf_counter() - start, 1)
 
 
-def last(folder, key):
+def last_value(folder, key):
     """The last value of log.jsonl whose name begins with `key`; of several rates the best one's."""
-    row = [
-        row for row in read_rows(Path(folder, "log.jsonl")) if any(k.startswith(key) for k in row)
-    ]
-    return max(value for name, value in row[-1].items() if name.startswith(key))
+    for line in reversed(read_log(Path(folder, "log.jsonl"))):
+        values = [value for name, value in line.items() if name.startswith(key)]
+        if values:
+            return max(values)
+    raise KeyError(key)
 
 
 def run(seed, extra):
-    """Pre-training, then probe and fine-tuning from it and from a random initialisation."""
+    """Pre-training, then probe and fine-tuning from it and from a random initialization."""
     with tempfile.TemporaryDirectory() as folder:
         moco = Path(folder, "moco")
-        seconds = script("main_moco.py", f"@{ROOT}/recipes/digits.txt", "--seed", seed,
-                         "--output-dir", moco, *extra)  # fmt: skip
-        rows = read_rows(moco / "log.jsonl")
+        flags = ["--seed", seed, "--output-dir", moco, *extra]
+        seconds = script("main_moco.py", f"@{ROOT}/recipes/digits.txt", *flags)
+        lines = read_log(moco / "log.jsonl")
         result = {
             "seed": seed,
-            "knn_before": next(row["knn"] for row in rows if "knn" in row),
-            "knn_after": last(moco, "knn"),
+            "knn_before": next(line["knn"] for line in lines if "knn" in line),
+            "knn_after": last_value(moco, "knn"),
             "seconds": seconds,
             "images_per_s": round(
-                statistics.median(r["images_per_s"] for r in rows if "loss" in r)
+                statistics.median(line["images_per_s"] for line in lines if "loss" in line)
             ),
         }
         for job in ("lincls", "finetune"):
             for control, flags in (("", []), ("_from_scratch", ["--from-scratch"])):
                 out = Path(folder, job + control)
-                seconds = script(
-                    f"main_{job}.py", f"@{ROOT}/recipes/{job}_digits.txt", "--seed", seed,
-                    "--pretrained", moco / "checkpoint.pth", "--output-dir", out, *flags,
-                )  # fmt: skip
-                result[job + control] = last(out, "acc1")
+                flags = [*flags, "--seed", seed, "--output-dir", out]
+                flags += ["--pretrained", moco / "checkpoint.pth"]
+                seconds = script(f"main_{job}.py", f"@{ROOT}/recipes/{job}_digits.txt", *flags)
+                result[job + control] = last_value(out, "acc1")
                 result[f"{job}{control}_seconds"] = seconds
         return result, json.loads((moco / "args.json").read_text())
 
@@ -76,7 +77,7 @@ def main():
 
     runs = []
     for seed in args.seeds:
-        result, setting = run(seed, extra)
+        result, metadata = run(seed, extra)
         runs.append(result)
         print(json.dumps(result), flush=True)
     columns = {key: [result[key] for result in runs] for key in runs[0] if key != "seed"}
@@ -85,10 +86,10 @@ def main():
         "min": {key: min(values) for key, values in columns.items()},
         "median": {key: statistics.median(values) for key, values in columns.items()},
         "runs": runs,
-        "device": setting["device"],
+        "device": metadata["device"],
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "precision": setting["precision"],
-        "versions": setting["versions"],
+        "precision": metadata["precision"],
+        "versions": metadata["versions"],
     }
     text = json.dumps(report, indent=2) + "\n"
     print(text, end="")

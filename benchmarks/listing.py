@@ -14,7 +14,7 @@ from pathlib import Path
 import report  # first of ours: it makes the repository importable
 import torch
 
-from moco.sources import load_data
+from engine.datasets import load_splits
 
 
 def main():
@@ -33,13 +33,11 @@ def main():
         for _ in range(rounds):
             for what, where in zip(seconds, (folder, str(names))):
                 start = time.perf_counter()
-                found = load_data(where)
+                splits = load_splits(where)
                 seconds[what].append(time.perf_counter() - start)
-                assert (len(found.train), found.classes) == (images, 100)
-    report.finish(
-        args, torch.device("cpu"), images=images,
-        seconds={what: round(statistics.median(values), 2) for what, values in seconds.items()},
-    )  # fmt: skip
+                assert (len(splits.train), splits.num_classes) == (images, 100)
+    medians = {what: round(statistics.median(values), 2) for what, values in seconds.items()}
+    report.finish(args, torch.device("cpu"), images=images, seconds=medians)
 
 
 def make_files(folder, count):

@@ -23,9 +23,9 @@ from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
-from moco import data
-from moco.augment import MEAN, STD
-from moco.sources import Files
+from engine.datasets import ImageFileDataset
+from engine.loader import TwoCrops, create_loader
+from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE, CROP_MIN, BATCH = 224, 0.08, 32
 
@@ -43,7 +43,8 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photographs(Path(folder), count)
-        crops = data.TwoCrops(Files(folder, paths), (SIZE, SIZE), CROP_MIN, seed=0)
+        dataset = ImageFileDataset(folder, paths)
+        crops = TwoCrops(dataset, (SIZE, SIZE), CROP_MIN, seed=0)
         views = [usual_view(sigma_p=1.0), usual_view(sigma_p=0.1, solarize_p=0.2)]
 
         def usual():
@@ -58,7 +59,7 @@ def main():
 
         def decoding():
             for i in range(count):
-                crops.source.read(i)
+                dataset.read(i)
 
         rates = {"usual": [], "ours": [], "decode": []}
         for _ in range(rounds):
@@ -66,16 +67,18 @@ def main():
                 start = time.perf_counter()
                 work()
                 rates[name].append(count / (time.perf_counter() - start))
-        fresh = FreshMemory(crops.source, (SIZE, SIZE), CROP_MIN, seed=0)
-        batches, through = 3 if args.quick else 80, {"reused": [], "fresh": []}
+        fresh = FreshMemory(dataset, (SIZE, SIZE), CROP_MIN, seed=0)
+        num_batches, through = 3 if args.quick else 80, {"reused": [], "fresh": []}
         for _ in range(rounds):
-            for name, dataset in zip(through, (crops, fresh)):
-                through[name].append(loader_rate(dataset, args.workers, batches))
+            for name, batch_dataset in zip(through, (crops, fresh)):
+                through[name].append(loader_rate(batch_dataset, args.workers, num_batches))
 
     usual, ours, decoding = (statistics.median(values) for values in rates.values())
     reused, fresh = (statistics.median(values) for values in through.values())
     report.finish(
-        args, torch.device("cpu"), cores=os.cpu_count(),
+        args,
+        torch.device("cpu"),
+        cores=os.cpu_count(),
         images_per_s_per_core={
             "a: usual recipe": round(usual),
             "b: ours": round(ours),
@@ -89,7 +92,7 @@ def main():
             "reused/fresh": round(reused / fresh, 2),
         },
         **{"b/a": round(ours / usual, 2), "b/c": round(ours / decoding, 2)},
-    )  # fmt: skip
+    )
 
 
 def write_photographs(folder, count):
@@ -105,7 +108,7 @@ def write_photographs(folder, count):
 
 
 def usual_view(sigma_p, solarize_p=0.0):
-    """PIL image → normalised float view, as the paper's augmentation is commonly written down."""
+    """PIL image → normalized float view, as the paper's augmentation is commonly written down."""
 
     def blur(image):
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
@@ -119,27 +122,27 @@ def usual_view(sigma_p, solarize_p=0.0):
             transforms.RandomApply([ImageOps.solarize], solarize_p),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
 
 
-class FreshMemory(data.TwoCrops):
+class FreshMemory(TwoCrops):
     """Without the shared memory that workers reuse."""
 
-    def _memory(self, *shape):
+    def _next_buffer(self, *shape):
         return torch.empty(shape, dtype=torch.uint8)
 
 
-def loader_rate(crops, workers, batches):
+def loader_rate(crops, workers, num_batches):
     """Images/s of a DataLoader in its stride: the first batch of each worker isn't counted."""
     warm = 2 * workers
-    keys = [[(e, i % len(crops)) for i in range(BATCH)] for e in range(warm + batches)]
-    loader = data.create_loader(crops, keys, workers, torch.device("cpu"))
+    keys = [[(e, i % len(crops)) for i in range(BATCH)] for e in range(warm + num_batches)]
+    loader = create_loader(crops, keys, workers, torch.device("cpu"))
     for n, _ in enumerate(loader):
         if n == warm - 1:
             start = time.perf_counter()
-    return batches * BATCH / (time.perf_counter() - start)
+    return num_batches * BATCH / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

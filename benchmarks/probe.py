@@ -2,20 +2,21 @@
 
     python benchmarks/probe.py --arch vit_base --batch-size 256 --out benchmarks/results/probe.json
     python benchmarks/probe.py --quick
-The backbone's forward pass, the classifiers' step, augmentation included; images lie in memory.
+It drives main_lincls.py's own train_one_epoch on images that lie in memory: the backbone's forward
+pass and the classifiers' step.
 """
 
 import statistics
 import time
-from functools import partial
 from types import SimpleNamespace
 
 import report  # first: it makes the repository importable
 import torch
+from step import RepeatedBatch, RunInMemory
 
 import main_lincls
-from moco import distributed
-from moco.backbones import create_backbone
+from engine.backbones import create_backbone
+from engine.launch import init_distributed
 
 
 def main():
@@ -27,36 +28,43 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
-    batch, steps = (8, 3) if args.quick else (args.batch_size, args.steps)
+    batch_size, steps = (8, 3) if args.quick else (args.batch_size, args.steps)
+    if args.quick:
+        args.arch = "vit_tiny"
 
-    device, amp = distributed.set_up(args.device, args.amp)
-    autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
+    env = init_distributed(args.device, args.amp)
     torch.manual_seed(0)
-    backbone = create_backbone(args.arch).requires_grad_(False).eval().to(device)
-    crops = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8)
-    labels = torch.randint(args.classes, (batch,))
+    backbone = create_backbone(args.arch).requires_grad_(False).eval().to(env.device)
+    crops = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8)
+    loader = RepeatedBatch((crops, torch.randint(args.classes, (batch_size,))), 1)
 
     setups = {}
     for count in (1, 10):
-        rates = SimpleNamespace(lr=[0.1] * count, seed=0, batchnorm=False)
-        heads = main_lincls.create_classifiers(rates, backbone.num_features, args.classes)
-        optimizer = main_lincls.create_optimizer(heads.to(device))
-        setups[count] = (heads, backbone, optimizer, autocast, crops, labels, device)
+        rates = SimpleNamespace(
+            lr=[0.1] * count, seed=0, batchnorm=False, batch_size=batch_size, epochs=1000
+        )
+        classifiers = main_lincls.create_classifiers(rates, backbone.num_features, args.classes)
+        optimizer = main_lincls.create_sgd(classifiers.to(env.device))
+        setups[count] = classifiers, backbone, loader, optimizer, RunInMemory(rates, env)
 
     seconds = {count: [] for count in setups}
     for step in range(steps + 2):  # the first two warm up; one and ten take turns
         for count, setup in setups.items():
             start = time.perf_counter()
-            main_lincls.train_step(*setup).cpu()  # waits for the device
+            main_lincls.train_one_epoch(*setup)
+            setup[-1].loss.cpu()  # waits for the device
             if step >= 2:
                 seconds[count].append(time.perf_counter() - start)
     one, ten = (statistics.median(seconds[count]) for count in (1, 10))
     report.finish(
-        args, device, arch=args.arch, batch_size=batch,
-        precision=str(amp or torch.float32).removeprefix("torch."),
-        images_per_s={"1 rate": round(batch / one, 1), "10 rates": round(batch / ten, 1)},
+        args,
+        env.device,
+        arch=args.arch,
+        batch_size=batch_size,
+        precision=str(env.amp_dtype or torch.float32).removeprefix("torch."),
+        images_per_s={"1 rate": round(batch_size / one, 1), "10 rates": round(batch_size / ten, 1)},
         **{"ten/one": round(ten / one, 3)},
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

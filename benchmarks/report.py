@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from moco.log import describe
+from engine.run import versions
 
 
 def parser(doc):
@@ -24,15 +24,20 @@ def parser(doc):
 
 def finish(args, device, **results):
     """Prints command, hardware, versions and results; writes them to --out."""
+    print(save(args, device, **results), end="")
+
+
+def save(args, device, **results):
+    """Writes the same to --out → its text."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     report = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "hardware": f"{name}, {torch.get_num_threads()} CPU threads",
-        "versions": describe(args, device, None)["versions"],
+        "versions": versions(),
         **results,
     }
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    print(text, end="")
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(text)
+    return text

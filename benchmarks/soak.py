@@ -18,7 +18,7 @@ from pathlib import Path
 import report
 import torch
 
-from moco.log import read_rows
+from engine.log import read_log
 
 SCRIPT = Path(__file__).parents[1] / "main_moco.py"
 FLAGS = (
@@ -31,14 +31,13 @@ def main():
     args = report.parser(__doc__).parse_args()
     epochs = 8 if args.quick else 500
     with tempfile.TemporaryDirectory() as folder:
-        argv = [sys.executable, SCRIPT, *FLAGS, "--epochs", str(epochs), "--warmup-epochs", "1",
-                "--output-dir", folder]  # fmt: skip
-        run = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+        flags = [*FLAGS, "--epochs", str(epochs), "--warmup-epochs", "1", "--output-dir", folder]
+        run = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=subprocess.DEVNULL)
         seen = {}  # epoch → MiB, files, threads
         while run.poll() is None:
-            rows = read_rows(Path(folder, "log.jsonl"))
-            if rows and (used := use(run.pid)):
-                seen[int(rows[-1]["epoch"])] = used
+            lines, used = read_log(Path(folder, "log.jsonl")), resources_of(run.pid)
+            if lines and used is not None:
+                seen[int(lines[-1]["epoch"])] = used
             time.sleep(0.1 if args.quick else 0.5)
         if run.returncode:
             sys.exit(run.returncode)
@@ -55,7 +54,7 @@ def main():
     report.finish(args, torch.device("cpu"), epochs=epochs, samples=len(settled), **table)
 
 
-def use(pid):
+def resources_of(pid):
     """Of a process and its children: MiB, open files, threads; None if one has just ended."""
     try:
         listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -1,6 +1,6 @@
-"""Speed of a pre-training step: images/s, TFLOP/s, share of the hardware's peak, parts, levers.
+"""Speed of a pre-training step: images/s, TFLOP/s, fraction of the peak, parts, levers.
 
-    python benchmarks/step.py --arch vit_base --batch-size 512 --compile --out benchmarks/results/step.json
+    python benchmarks/step.py --arch vit_base --batch-size 512 --compile --out step_gpu.json
     python benchmarks/step.py --arch vit_small --batch-size 16 --plain
     python benchmarks/step.py --arch vit_small --batch-size 16 --levers
     python benchmarks/step.py --quick
@@ -9,7 +9,7 @@ included. Beside it in the same run, all taking turns, --plain measures the text
 none of LEVERS, and --levers the step with one lever at a time set the other way: a ratio above 1
 says that main_moco.py's choice pays. Medians, of the ratios quartiles too; the times of the parts
 come from steps of their own, which wait for the device after each part.
-"""  # noqa: E501
+"""
 
 import statistics
 import time
@@ -26,12 +26,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_moco
+import moco.augmentation
 import moco.builder
-from moco import augment, distributed
-from moco.optimizer import create_optimizer
+from engine.backbones import BackboneConfig
+from engine.decode import RGB
+from engine.launch import Env, init_distributed
+from moco import create_optimizer, sample_params
 
 LEVERS = (
-    "one_pass",  # both views in one batch, if there is no BatchNorm; off: one after the other
+    "concat_views",  # both views in one batch, if there is no BatchNorm; off: one after the other
     "fused_attention",  # off: an explicit softmax
     "channels_last",  # a ResNet's memory format
     "foreach_momentum",  # the momentum update in one call; off: parameter by parameter
@@ -58,29 +61,29 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.arch, args.batch_size, args.img_size, args.steps = "vit_tiny", 8, 32, 3
-    device, amp = distributed.set_up(args.device, args.amp)
+    env = init_distributed(args.device, args.amp)
 
-    sides = {"fast": Side(args, device, amp)}
-    gpu, losses = device.type == "cuda", {"fast": [sides["fast"].run() for _ in range(10)]}
-    peak_memory = round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else None
+    sides, on_gpu = {"fast": Side(args, env)}, env.device.type == "cuda"
+    losses = {"fast": [sides["fast"].run() for _ in range(10)]}
+    peak_memory = round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None
     if args.plain:
-        sides["plain"] = Side(args, device, amp, **dict.fromkeys(LEVERS, False))
+        sides["plain"] = Side(args, env, **dict.fromkeys(LEVERS, False))
         losses["plain"] = [sides["plain"].run() for _ in range(10)]
     levers = () if args.levers is None else args.levers or LEVERS
     chosen = {k: value for k, value in sides["fast"].chosen().items() if k in levers}
     for lever, value in chosen.items():
-        sides[lever] = Side(args, device, amp, **{lever: not value})
+        sides[lever] = Side(args, env, **{lever: not value})
         sides[lever].run(2)
 
-    seconds, together = defaultdict(list), 5 if gpu else 1
+    seconds, steps_together = defaultdict(list), 5 if on_gpu else 1
     for _ in range(args.steps):
         for name, side in sides.items():
             start = time.perf_counter()
-            side.run(together)
-            seconds[name].append((time.perf_counter() - start) / together)
+            side.run(steps_together)
+            seconds[name].append((time.perf_counter() - start) / steps_together)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    flops, peak = flops_per_image(args) * args.batch_size, peak_flops(device, amp)
-    precision = str(amp or torch.float32).removeprefix("torch.")
+    flops, peak = flops_per_image(args) * args.batch_size, peak_flops(env, args.quick)
+    precision = str(env.amp_dtype or torch.float32).removeprefix("torch.")
     results = {"setting": dict(precision=precision, **vars(args))}
     for name in losses:
         results[name] = {
@@ -100,7 +103,7 @@ def main():
             "fast/otherwise": [round(q, 3) for q in statistics.quantiles(ratios)],
         }
     results |= dict(peak_tflops_of_a_matrix_product=round(peak / 1e12, 3))
-    report.finish(args, device, **results, peak_memory_gib=peak_memory)
+    report.finish(args, env.device, **results, peak_memory_gib=peak_memory)
 
 
 class Side:
@@ -109,24 +112,26 @@ class Side:
     levers: of LEVERS, True or False; those not given are as main_moco.py sets them.
     """
 
-    def __init__(self, args, device, amp, **levers):
+    def __init__(self, args, env, **levers):
         args = SimpleNamespace(**vars(args) | levers)
         lr = {"adamw": 1e-4, "lars": 0.01}[args.optimizer] * 256 / args.batch_size
         argv = f"digits -a {args.arch} --img-size {args.img_size} -b {args.batch_size} --lr {lr} "
         argv += f"--encode-chunk {args.encode_chunk:d} --epochs 1000 --warmup-epochs 0 --moco-t .2"
-        self.args = main_moco.parse_args(argv.split() + ["--compile"] * args.compile)
-        self.device, self.waits = device, levers.get("no_wait") is False
-        self.model = model = main_moco.create_model(self.args, device, amp)
+        if args.quick:
+            argv += " --moco-mlp-dim 64"
+        self.args = main_moco.parse_args(argv.split() + (["--compile"] if args.compile else []))
+        self.env, self.waits = env, levers.get("no_wait") is False
+        config = BackboneConfig.from_args(self.args)
+        self.model = model = main_moco.create_model(self.args, config, env)
         self.optimizer = create_optimizer(args.optimizer, self.model, 0, 0.1)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-        self.autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
-        self.batch = random_batch(args.batch_size, args.img_size, device)
+        self.scaler = env.grad_scaler()
+        self.batch = random_batch(args.batch_size, args.img_size, env.device)
         self.attentions = [m for m in self.model.modules() if hasattr(m, "fused_attn")]
 
-        if levers.get("one_pass"):  # whatever the size
-            model.encode = partial(encode_at_once, model)
-        elif "one_pass" in levers:
-            model.one_pass = False
+        if levers.get("concat_views"):  # whatever the size
+            model.encode = partial(encode_both_at_once, model)
+        elif "concat_views" in levers:
+            model.concat_views = False
         for attention in self.attentions:
             attention.fused_attn = levers.get("fused_attention", attention.fused_attn)
         if "channels_last" in levers:
@@ -135,18 +140,17 @@ class Side:
         if levers.get("foreach_momentum") is False:
             model.update_momentum_encoder = partial(update_one_by_one, model)
         if levers.get("fused_optimizer") is False:
-            [group] = self.optimizer.param_groups
-            one = group | dict(foreach=False, fused=False)
-            self.optimizer.param_groups = [one | dict(params=[p]) for p in group["params"]]
+            self.optimizer = without_fusion(self.optimizer)
 
     def chosen(self):
         """The levers as main_moco.py sets them, without those that do nothing here."""
         model, levers = self.model, {}
-        if model.one_pass and not self.args.encode_chunk:
-            x = self.batch[0][0]
-            with patch.object(model, "features", Mock(return_value=torch.empty(2, len(x)))) as call:
+        if model.concat_views and not self.args.encode_chunk:
+            x, d = self.batch[0][0], model.base_encoder.num_features
+            call_encoder = Mock(side_effect=lambda encoder, x: x.new_empty(len(x), d))
+            with patch.object(model, "call_encoder", call_encoder):
                 model.encode(model.base_encoder, x, x)
-            levers["one_pass"] = call.call_count == 1
+            levers["concat_views"] = call_encoder.call_count == 1
         if self.attentions:
             levers["fused_attention"] = self.attentions[0].fused_attn
         if hasattr(model.base_encoder, "layer1"):
@@ -158,27 +162,21 @@ class Side:
 
     def run(self, steps=1):
         """So many steps → the last one's loss."""
-
-        def keep(step, settings, loss, **monitors):
-            self.loss = loss.item() if self.waits else loss.detach()
-
-        main_moco.train_one_epoch(
-            self.model, self.model, OneBatch([self.batch] * steps), self.optimizer, self.scaler,
-            self.autocast, self.args, log=SimpleNamespace(timed=iter, step=keep),
-            keeper=SimpleNamespace(epoch=0, iteration=0, step=id),
-        )  # fmt: skip
-        return float(self.loss)
+        run = RunInMemory(self.args, self.env, self.waits)
+        loader = RepeatedBatch(self.batch, steps)
+        main_moco.train_one_epoch(self.model, self.model, loader, self.optimizer, self.scaler, run)
+        return float(run.loss)
 
     def parts(self, steps):
         """Median milliseconds of each part of a step."""
         runs = defaultdict(list)
         for _ in range(steps):
-            clock = Clock(self.device)
+            clock = Clock(self.env.device)
             with (
                 clock.around(main_moco, "augment"),
-                clock.around(augment, "augment"),
+                clock.around(moco.augmentation, "augment"),
                 clock.around(self.model, "encode"),
-                clock.around(moco.builder, "gather"),
+                clock.around(moco.builder, "all_gather"),
                 clock.around(self.model, "forward", "heads and loss"),
                 clock.around(torch.Tensor, "backward"),
                 clock.around(self.optimizer, "step", "optimizer"),
@@ -190,8 +188,8 @@ class Side:
         return {name: round(statistics.median(values), 2) for name, values in runs.items()}
 
 
-def encode_at_once(model, encoder, x1, x2):
-    return model.features(encoder, torch.cat([x1, x2])).view(2, len(x1), -1)
+def encode_both_at_once(model, encoder, x1, x2):
+    return model.call_encoder(encoder, torch.cat([x1, x2])).unflatten(0, (2, len(x1)))
 
 
 @torch.no_grad()
@@ -201,10 +199,40 @@ def update_one_by_one(model, m):
         k.copy_(k * m + q * (1 - m))
 
 
-class OneBatch(list):
+def without_fusion(optimizer):
+    """The same optimizer, new, which updates parameter by parameter.
+
+    A new one, for a fused AdamW has promised GradScaler to undo the scaling of fp16 by itself.
+    """
+    [group] = optimizer.param_groups
+    options = group | dict(foreach=False, fused=False)
+    return type(optimizer)([options | dict(params=[p]) for p in group["params"]], lr=group["lr"])
+
+
+class RunInMemory:
+    """What a script's train_one_epoch uses of its Run; keeps the last loss.
+
+    waits: for the device after each step.
+    """
+
+    def __init__(self, args, env, waits=False):
+        self.args, self.env, self.waits = args, env, waits
+        self.epoch = self.step = 0
+
+    def batches(self, loader):
+        return loader
+
+    def end_step(self, loss, **metrics):
+        self.loss = loss.item() if self.waits else loss.detach()
+
+
+class RepeatedBatch(list):
     """A loader that repeats a batch."""
 
-    batch_sampler = SimpleNamespace(start=max)
+    dataset = SimpleNamespace(dataset=SimpleNamespace(pixel_format=RGB))
+
+    def __init__(self, batch, steps):
+        super().__init__([batch] * steps)
 
 
 class Clock:
@@ -237,13 +265,13 @@ class Clock:
 
 
 def random_batch(batch_size, size, device):
-    """uint8 crops [2, N, 3, size, size] on the device, parameters [2, N, COLUMNS]."""
+    """uint8 crops [2, N, 3, size, size] on the device, params [2, N, NUM_PARAMS]."""
     rng, torch_rng = np.random.default_rng(0), torch.Generator().manual_seed(0)
     coarse = torch.rand(2 * batch_size, 3, 4, 4, generator=torch_rng)  # blobs, not noise
     crops = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
-    rows = [[augment.draw(rng, view) for _ in range(batch_size)] for view in range(2)]
+    params = [[sample_params(rng, view) for _ in range(batch_size)] for view in range(2)]
     crops = (255 * crops).to(torch.uint8).view(2, batch_size, 3, size, size)
-    return crops.to(device), torch.from_numpy(np.array(rows))
+    return crops.to(device), torch.from_numpy(np.array(params))
 
 
 def flops_per_image(args):
@@ -252,17 +280,19 @@ def flops_per_image(args):
     Counted on four images with an explicit softmax; what is computed twice in chunks counts once.
     """
     plain = dict.fromkeys(LEVERS, False)
-    side = Side(args, torch.device("cpu"), None, **plain, batch_size=4)
+    side = Side(args, Env(torch.device("cpu")), **plain, batch_size=4)
     with FlopCounterMode(display=False) as counter:
         side.run()
     return counter.get_total_flops() / 4
 
 
-def peak_flops(device, amp):
+def peak_flops(env, quick=False):
     """FLOP/s of a large matrix product in this precision: the best of ten."""
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, side, side, device=device, dtype=amp or torch.float32)
-    wait = Clock(device).wait
+    side = 8192 if env.device.type == "cuda" else 2048
+    if quick:
+        side = 512
+    a, b = torch.randn(2, side, side, device=env.device, dtype=env.amp_dtype or torch.float32)
+    wait = Clock(env.device).wait
     times = timeit.repeat(lambda: (a @ b, wait()), setup=wait, number=1, repeat=10)
     return 2 * side**3 / min(times)
 

@@ -1,4 +1,4 @@
-"""LARS, AdamW, and what they follow: learning rate and momentum coefficient per iteration."""
+"""LARS, AdamW, one optimizer step, and the schedules of learning rate and momentum (Sec. 4.1)."""
 
 import math
 
@@ -19,6 +19,11 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -37,6 +42,7 @@ class LARS(Optimizer):
             torch._foreach_mul_(mu, group["momentum"])
             torch._foreach_add_(mu, grads)
             torch._foreach_add_(params, mu, alpha=-group["lr"])
+        return loss
 
     @staticmethod
     def _scale(params, grads, group):
@@ -50,16 +56,23 @@ class LARS(Optimizer):
 
 
 def create_optimizer(name, model, lr, wd):
-    """`--optimizer` over every trainable parameter; AdamW decays norms and biases too (paper)."""
+    """ "lars" or "adamw" over every trainable parameter; AdamW decays norms and biases too."""
     params = [p for p in model.parameters() if p.requires_grad]
     if name == "lars":
         return LARS(params, lr, weight_decay=wd)
+    if name != "adamw":
+        raise ValueError(f"unknown optimizer {name!r}: 'lars' or 'adamw'")
     fused = params[0].device.type in ("cuda", "cpu")
     return torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=wd, fused=fused)
 
 
-def descend(loss, optimizer, scaler, clip_grad=None):
-    """One step down the loss; clip_grad: largest norm of the gradient of all parameters."""
+def optimizer_step(loss, optimizer, scaler=None, clip_grad=None):
+    """Backward pass and one step. scaler: torch.amp.GradScaler for fp16.
+
+    clip_grad: largest ℓ2 norm of the gradient of all parameters together.
+    """
+    if scaler is None:
+        scaler = torch.amp.GradScaler(enabled=False)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     if clip_grad:
@@ -74,16 +87,22 @@ def set_lr(optimizer, lr):
         group["lr"] = lr
 
 
-def warmup_cosine(t, total, warmup, peak):
-    """Linear from 0 to `peak` over the first `warmup`, then half a cosine to 0 at `total`.
+def scaled_lr(base_lr, batch_size):
+    """Linear scaling rule: base_lr · batch_size / 256, the batch over all ranks (Goyal et al. 2017,
+    arXiv 1706.02677)."""
+    return base_lr * batch_size / 256
 
-    t, total, warmup in one unit, epochs with fractions, say; paper Sec. 4.1.
+
+def warmup_cosine_lr(t, total, warmup, peak_lr):
+    """Linear warm-up from 0 to peak_lr over `warmup`, then half a cosine to 0 at `total`; Sec. 4.1.
+
+    t, total, warmup: in one unit, for example epochs with fractions.
     """
     if t < warmup:
-        return peak * t / warmup
-    return peak * (1 + math.cos(math.pi * (t - warmup) / (total - warmup))) / 2
+        return peak_lr * t / warmup
+    return peak_lr * (1 + math.cos(math.pi * (t - warmup) / (total - warmup))) / 2
 
 
 def cosine_momentum(t, total, m0):
-    """m from m0 to 1 by half a cosine: 1 − (1−m0)·(1 + cos(πt/total))/2; paper Sec. 4.1."""
+    """m from m0 to 1 by half a cosine: 1 − (1−m0)·(1 + cos(πt/total))/2; Sec. 4.1."""
     return 1 - (1 - m0) * (1 + math.cos(math.pi * t / total)) / 2

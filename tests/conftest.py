@@ -1,37 +1,60 @@
+"""Shared by all tests: the smallest runs, and two ways to run a script.
+
+`script` runs it in the process of the tests. `launch` and `Child` run it in processes of its own.
+These are forked from a server that has imported everything, so that none imports torch again.
+"""
+
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.layers import set_fused_attn
+from torchvision.io import write_png
+
+import main_moco
+from engine import checkpoint
+from engine import run as run_module
+from engine.datasets import load_splits
+from engine.launch import destroy_process_group, init_distributed
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
-import main_moco  # noqa: E402
-from moco import checkpoint  # noqa: E402
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]  # fmt: skip  # noqa: E501
+# torch.cuda.is_available() without CUDA itself, which no forked process could use afterwards.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=no_gpu)]
 
 # The smallest run that has everything: 5 steps an epoch.
 TINY = (
-    "digits -a vit_nano --img-size 16 --patch-size 4 --batch-size 256 --optimizer adamw --lr 1e-3 "
+    "digits -a vit_nano --img-size 16 --patch-size 8 --batch-size 256 --optimizer adamw --lr 1e-3 "
     "--epochs 2 --warmup-epochs 1 --moco-dim 32 --moco-mlp-dim 64 --moco-t 0.2 --moco-m-cos "
     "--workers 0 --knn-every 1 --device cpu --print-freq 1"
 ).split()
 
 
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # of pytest-xdist: the workers share the cores
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-    set_fused_attn(True)  # set_up may have chosen otherwise
+    set_fused_attn(True)  # init_distributed may have chosen otherwise
 
 
 @pytest.fixture
@@ -40,26 +63,37 @@ def script(monkeypatch, capfd):
 
     def run(name, *args):
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
+        with until_exit(), pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / name), run_name="__main__")
         return stop.value.code, *capfd.readouterr()
 
     return run
 
 
-def launch(processes, name, *args, **env):
-    """`torchrun --nproc_per_node=PROCESSES NAME ARGS…`, one as `python NAME ARGS…` → its result."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    return subprocess.run(
-        [sys.executable, *torchrun * (processes > 1), str(ROOT / name), *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )
+@contextmanager
+def until_exit():
+    """Afterwards what ends with a process has ended: its lock and its functions for atexit."""
+    lock, locks, callbacks = run_module._lock, [], []
+
+    def lock_and_note(folder):
+        locks.append(lock(folder))
+        return locks[-1]
+
+    def register(function, *args):
+        callbacks.append(partial(function, *args))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "_lock", lock_and_note)
+        patch.setattr(run_module, "atexit", SimpleNamespace(register=register))
+        try:
+            yield
+        finally:
+            for callback in callbacks:
+                callback()
+            for file in locks:
+                file.close()
 
 
-# Forked from a process that has imported everything: to start and kill one takes no time.
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["conftest", "main_lincls", "main_finetune", "sklearn.datasets"])
 
@@ -67,11 +101,15 @@ forkserver.set_forkserver_preload(["conftest", "main_lincls", "main_finetune", "
 class Child:
     """`python NAME ARGS…` in the background, its output in a file; one CPU thread."""
 
-    def __init__(self, folder, name, *args):
+    def __init__(self, folder, name, *args, env=None, stderr=None):
         self.output = Path(folder, "output.txt")
         self.output.write_text("")
         argv = [name, *map(str, args)]
-        self.process = forkserver.Process(target=_run_child, args=(argv, str(self.output)))
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        files = str(self.output), str(stderr or self.output)
+        self.process = forkserver.Process(
+            target=_run_child, args=(argv, *files, variables, os.getcwd())
+        )
         self.process.start()
         self.pid = self.process.pid
 
@@ -84,13 +122,102 @@ class Child:
         return self.output.read_text()
 
 
-def _run_child(argv, output):
-    file = os.open(output, os.O_WRONLY | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+def _run_child(argv, stdout, stderr, env, folder):
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
     torch.set_num_threads(1)
-    sys.argv = argv
-    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+    path = str(ROOT / argv[0])
+    sys.argv, sys.path[:0] = argv, [os.path.dirname(path)]
+    with until_exit():
+        runpy.run_path(path, run_name="__main__")
+
+
+def launch(processes, name, *args, **env):
+    """As `torchrun --nproc_per_node=PROCESSES NAME ARGS…`; one, as `python NAME ARGS…`.
+
+    Returns a subprocess.CompletedProcess. When a process fails, the others are terminated.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for variables in torchrun_variables(processes):
+            rank_folder = Path(folder, variables.get("RANK", "0"))
+            rank_folder.mkdir()
+            settings = dict(env=variables | env, stderr=rank_folder / "stderr.txt")
+            children.append(Child(rank_folder, name, *args, **settings))
+        codes = wait_for_all(children, timeout=300)
+        outputs = [child.said() for child in children]
+        errors = [Path(child.output.parent, "stderr.txt").read_text() for child in children]
+    failed = [code for code in codes if code != 0]
+    code = failed[0] if processes == 1 and failed else int(bool(failed))
+    return subprocess.CompletedProcess(args, code, "".join(outputs), "".join(errors))
+
+
+def torchrun_variables(processes):
+    """The environment variables that torchrun sets for each process; none for a single one."""
+    if processes == 1:
+        return [{}]
+    port = free_port()
+    return [
+        dict(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(processes),
+            LOCAL_WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        for rank in range(processes)
+    ]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for_all(children, timeout):
+    """Exit codes of the children; after the first failure or the timeout the rest is ended."""
+    end = time.monotonic() + timeout
+    while any(child.wait(0) is None for child in children):
+        failed = any(child.wait(0) not in (None, 0) for child in children)
+        if failed or time.monotonic() > end:
+            break
+        time.sleep(0.02)
+    for child in children:
+        if child.wait(1) is None:  # most end by themselves
+            child.process.kill()
+    return [child.wait() for child in children]
+
+
+def on_two_ranks(check):
+    """Runs check(rank) in two processes that communicate through gloo."""
+    receivers = []
+    for variables in torchrun_variables(2):
+        receiver, sender = forkserver.Pipe(duplex=False)
+        forkserver.Process(target=_check_on_rank, args=(check, variables, sender)).start()
+        receivers.append(receiver)
+    for receiver in receivers:
+        assert receiver.poll(60), "no answer"
+        failure = receiver.recv()
+        assert failure is None, failure
+
+
+def _check_on_rank(check, variables, sender):
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        init_distributed("cpu", "off", timeout=30)
+        check(int(variables["RANK"]))
+        destroy_process_group()
+        sender.send(None)
+    except BaseException:
+        sender.send(traceback.format_exc())
+        raise
 
 
 @contextmanager
@@ -113,8 +240,18 @@ def pretrained(tmp_path_factory):
     """A checkpoint that one epoch of the smallest run left."""
     folder = tmp_path_factory.mktemp("pretrained")
     args = main_moco.parse_args([*TINY, "--epochs", "1", "--output-dir", str(folder)])
-    main_moco.main(args)
+    with until_exit():
+        main_moco.main(args)
     return folder / "checkpoint.pth"
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """A folder of 160 digits without labels."""
+    folder, images = tmp_path_factory.mktemp("digits"), load_splits("digits").train
+    for i in range(160):
+        write_png(images.read(i), str(folder / f"{i}.png"))
+    return folder
 
 
 @pytest.fixture

@@ -1,19 +1,14 @@
-"""main_moco.py with every weight and activation in float64: what rounding can't blur.
+"""main_moco.py with all weights and activations in float64, where rounding hides nothing.
 
-A single ReLU whose input changes sign by rounding moves an fp32 gradient by 1e-3 or so.
+In fp32 a single ReLU whose input changes sign by rounding moves a gradient by 1e-3 or so.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import main_moco
-import moco.augment
-from moco import cli
+from engine import cli
+from moco import augmentation
 
 if __name__ == "__main__":
-    create_model, augment = main_moco.create_model, main_moco.augment
+    create_model, augment = main_moco.create_model, augmentation.augment
     main_moco.create_model = lambda *args: create_model(*args).double()
-    main_moco.augment = moco.augment.augment = lambda *args: augment(*args).double()
-    cli.run(main_moco.main, main_moco.parse_args)
+    main_moco.augment = augmentation.augment = lambda *args: augment(*args).double()
+    cli.run_script(main_moco.main, main_moco.parse_args)

@@ -1,18 +1,25 @@
-"""Every backbone by its name: timm's families, small stems, channels; through the real scripts."""
+"""Every backbone by its name: families of timm, small stems, channels; with the real scripts."""
+
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import timm
 import torch
+from conftest import on_two_ranks
 from PIL import Image
-from test_distributed import CPU, on_two_ranks
 from timm.layers import BatchNormAct2d, resample_abs_pos_embed
 from torch import nn
 from torchvision.models import resnet18
 
-from moco import UserError, checkpoint, distributed
-from moco.backbones import Classifier, check_precision, create_backbone
-from moco.builder import MoCo, ends_in_batchnorm, features
+from engine import checkpoint, launch, weights
+from engine.backbones import BackboneConfig, Classifier, check_bf16_conv_gradients, create_backbone
+from engine.errors import UserError
+from engine.launch import Env, all_reduce_mean
+from moco import MoCo
+from moco.builder import ends_in_batchnorm
+
+CPU = torch.device("cpu")
 
 KINDS = {
     "resnet": "-a resnet18 --img-size 8 --small-stem",
@@ -21,7 +28,7 @@ KINDS = {
     "registers": "-a timm/vit_wee_patch16_reg1_gap_256 --img-size 16 24 --patch-size 8",
     "mobilenet": "-a timm/mobilenetv3_small_050 --img-size 32",
 }
-HEADS = {  # where the projector stands, the layers that have weights, a BN after the predictor
+HEADS = {  # name of the projector, its layers with weights, whether a BN follows the predictor
     "resnet": ("fc", {0, 1, 3}, False),
     "convnext": ("head.fc", {0, 1, 3, 4, 6}, True),
     "swin": ("head.fc", {0, 1, 3, 4, 6}, True),
@@ -33,18 +40,18 @@ PRETRAIN = (
     "--moco-mlp-dim 16 --knn-every 1 --workers 0 --device cpu --amp off"
 ).split()
 PROBE = "--batch-size 8 --epochs 1 --workers 0 --device cpu --amp off".split()
-TUNE = f"{' '.join(PROBE)} --warmup-epochs 0 --layer-decay 0.7 --drop-path 0.2".split()
+TUNE = f"{' '.join(PROBE)} --lr 1e-3 --warmup-epochs 0 --layer-decay 0.7 --drop-path 0.2".split()
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Two classes of 8 images to train on, two steps of 8; 3 each to validate."""
-    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for part, count in (("train", 8), ("val", 3)):
         for name in "ab":
             (folder / part / name).mkdir(parents=True)
             for i in range(count):
-                pixels = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+                pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / part / name / f"{i}.png")
     return folder
 
@@ -65,19 +72,19 @@ def test_five_kinds_are_pretrained_and_probed(script, tmp_path, images, kind):
     assert content["iteration"] == 2 and content["arch"] == KINDS[kind].split()[1]
     assert all(value.isfinite().all() for value in state.values())
 
-    place, layers, last_bn = HEADS[kind]
-    prefix = f"module.base_encoder.{place}."
-    found = {key[len(prefix) :] for key in state if key.startswith(prefix)}
-    assert {int(key.split(".")[0]) for key in found if key.endswith("weight")} == layers
+    name, layers, last_bn = HEADS[kind]
+    prefix = f"module.base_encoder.{name}."
+    keys = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
+    assert {int(key.split(".")[0]) for key in keys if key.endswith("weight")} == layers
     assert ("module.predictor.4.running_mean" in state) == last_bn
 
     assert "linear  top-1" in run(
         script, "main_lincls.py", images, *PROBE, "--pretrained", path, "--output-dir", out
     )
     probed = checkpoint.load(out / "linear_lr0.1.pth")
-    assert probed["state_dict"][f"module.{place}.weight"].shape[0] == 2
+    assert probed["state_dict"][f"module.{name}.weight"].shape[0] == 2
     for key, value in probed["state_dict"].items():
-        if not key.startswith(f"module.{place}."):
+        if not key.startswith(f"module.{name}."):
             before = state[key.replace("module.", "module.base_encoder.")]
             assert torch.equal(value, before), f"{key} is not the pre-trained one"
 
@@ -96,7 +103,7 @@ def test_a_timm_vit_is_tuned_at_another_size(script, tmp_path, images):
 
 
 # The smallest of its family, where that is small; 64 pixels.
-FAMILIES = """
+TIMM_FAMILIES = """
     cait_xxs24_224 coat_tiny convit_tiny convnext_atto convnextv2_atto cs3darknet_focus_s
     cspnext_tiny deit_tiny_patch16_224 densenet121 dla46x_c dpn48b edgenext_xx_small
     efficientvit_b0 efficientvit_m0 eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 gcvit_xxtiny
@@ -109,8 +116,8 @@ FAMILIES = """
     vit_wee_patch16_reg1_gap_256 ese_vovnet19b_slim_dw xcit_nano_12_p8_224
 """.split()
 REFUSED = {
-    "halonet_h1": "makes no features of 64×64 pixels",
-    "inception_v3": "makes no features of 64×64 pixels",
+    "halonet_h1": "has no features at 64×64 pixels",
+    "inception_v3": "has no features at 64×64 pixels",
     "deit_tiny_distilled_patch16_224": "several classifiers",
     "efficientformer_l1": "several classifiers",
     "levit_128s": "several classifiers",
@@ -121,7 +128,7 @@ OLD_REFUSED = {"densenet121", "efficientvit_b0", "efficientvit_m0", "ghostnet_05
                "repghostnet_050", "tiny_vit_5m_224"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *REFUSED])
+@pytest.mark.parametrize("name", [*TIMM_FAMILIES, *REFUSED])
 def test_families_of_timm_give_features_or_are_refused(name):
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
@@ -137,15 +144,16 @@ def test_families_of_timm_give_features_or_are_refused(name):
         return
     x = torch.rand(2, 3, size, size)
     with torch.no_grad():
-        h = features(backbone, x)
+        h = backbone(x)
         assert h.shape == (2, backbone.num_features)
-        assert torch.equal(h, features(backbone, x)), "something is random in training mode"
-        h = features(backbone.eval(), x)
-        torch.testing.assert_close(backbone(x), h)
-        backbone.set_submodule(backbone.classifier_name, Classifier(backbone.num_features, 5))
-        classifier = backbone.get_submodule(backbone.classifier_name)
-        assert torch.equal(features(backbone, x), h)
+        assert torch.equal(h, backbone(x)), "something is random in training mode"
+        h = backbone.eval()(x)
+        classifier = Classifier(backbone.num_features, 5)
+        backbone.set_submodule(backbone.classifier_name, classifier)
         torch.testing.assert_close(backbone(x), classifier(h))
+        encoder = MoCo(backbone, dim=8, mlp_dim=8).base_encoder.eval()
+        assert encoder.num_features == h.shape[1]
+        torch.testing.assert_close(encoder(x), h)  # the projector passes its input through
 
 
 @pytest.mark.parametrize(
@@ -170,8 +178,8 @@ def test_small_stem_is_torchvisions_resnet_with_another_first_layer():
     )  # fmt: skip
     theirs.load_state_dict(ours.state_dict())
     x = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(features(ours, x), theirs.eval()(x))
-    # He et al.'s initialisation, as torchvision's: N(0, 2/fan-out)
+    torch.testing.assert_close(ours(x), theirs.eval()(x))
+    # He et al.'s initialization, as torchvision's: N(0, 2/fan-out)
     assert ours.conv1.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
 
 
@@ -184,7 +192,7 @@ def test_any_number_of_channels(arch, in_chans):
     assert loss.isfinite()
 
 
-def test_a_learned_position_table_is_trained_and_loaded():
+def test_a_learned_position_embedding_is_trained_and_loaded():
     def model(size):
         backbone = create_backbone("timm/vit_wee_patch16_reg1_gap_256", size, 8)
         return MoCo(backbone, 8, 16)
@@ -192,13 +200,13 @@ def test_a_learned_position_table_is_trained_and_loaded():
     small, same, large = model((16, 64)), model((16, 64)), model((32, 32))
     assert small.base_encoder.pos_embed.requires_grad
     content = dict(state_dict=small.state_dict(), img_size=(16, 64))
-    checkpoint.load_model(same, content, "x.pth")
-    checkpoint.load_model(large, content, "x.pth")
+    weights.load_model(same, content, "x.pth")
+    weights.load_model(large, content, "x.pth")
     for encoder in ("base_encoder", "momentum_encoder"):
-        table, equal, other = (getattr(m, encoder).pos_embed for m in (small, same, large))
-        assert torch.equal(equal, table)
-        assert other.shape == table.shape  # 2×8 cells and 4×4, no row for the class token
-        expected = resample_abs_pos_embed(table, (4, 4), (2, 8), num_prefix_tokens=0)
+        embedding, equal, other = (getattr(m, encoder).pos_embed for m in (small, same, large))
+        assert torch.equal(equal, embedding)
+        assert other.shape == embedding.shape  # 2×8 cells and 4×4, no entry for the class token
+        expected = resample_abs_pos_embed(embedding, (4, 4), (2, 8), num_prefix_tokens=0)
         torch.testing.assert_close(other, expected, rtol=0, atol=0)
 
 
@@ -207,14 +215,14 @@ def test_flags_act_on_timms_models():
     fixed = {name for name, p in vit.named_parameters() if not p.requires_grad}
     assert fixed == {"patch_embed.proj.weight", "patch_embed.proj.bias"}
     assert vit.patch_embed.grid_size == (4, 4)
-    rates = [
+    drop_rates = [
         m.drop_prob
         for m in create_backbone("timm/convnext_atto", 32, drop_path=0.3).modules()
         if hasattr(m, "drop_prob")
     ]
-    assert max(rates) == pytest.approx(0.3) and min(rates) < 0.3
-    assert checkpoint.num_heads(vit) == 4
-    assert checkpoint.num_heads(create_backbone("timm/mobilenetv3_small_050", 32)) is None
+    assert max(drop_rates) == pytest.approx(0.3) and min(drop_rates) < 0.3
+    assert weights.num_heads(vit) == 4
+    assert weights.num_heads(create_backbone("timm/mobilenetv3_small_050", 32)) is None
 
 
 @pytest.mark.parametrize(
@@ -233,12 +241,12 @@ def test_flags_act_on_timms_models():
         ("timm/vit_tiny_r_s16_p8_224", dict(stop_grad_conv1=True), "no patch projection"),
         ("timm/resnet10t", dict(small_stem=True), "--small-stem is for torchvision's ResNets"),
         ("vit_nano", dict(small_stem=True), "--small-stem is for torchvision's ResNets"),
-        ("timm/vit_tiny_patch16_224", dict(img_size=100), "can't be cut into patches of 16×16"),
+        ("timm/vit_tiny_patch16_224", dict(img_size=100), "is not a multiple of patch_size 16×16"),
         ("timm/nest_tiny", dict(img_size=(96, 64)), "can't build timm/nest_tiny"),
-        ("timm/convit_tiny", dict(img_size=(96, 64)), "makes no features of 96×64 pixels"),
+        ("timm/convit_tiny", dict(img_size=(96, 64)), "has no features at 96×64 pixels"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(arch, kwargs, words):
+def test_options_that_do_not_act_are_refused_in_one_line(arch, kwargs, words):
     with pytest.raises(UserError, match=words) as refused:
         create_backbone(arch, **dict(img_size=64) | kwargs)
     assert "\n" not in str(refused.value)
@@ -259,13 +267,12 @@ def test_what_does_not_fit_is_refused_in_one_line(arch, kwargs, words):
 def test_maps_narrower_than_a_stride_are_refused_in_bf16_on_a_cpu(arch, size, small_stem, refused):
     backbone = create_backbone(arch, size, small_stem=small_stem)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    check_precision(backbone, size, CPU, None)
-    check_precision(backbone, size, torch.device("cuda"), torch.bfloat16)
-    if refused:
-        with pytest.raises(UserError, match="bf16 gradients on a CPU are wrong"):
-            check_precision(backbone, size, CPU, torch.bfloat16)
-    else:
-        check_precision(backbone, size, CPU, torch.bfloat16)
+    config = BackboneConfig(arch, (size, size))
+    check_bf16_conv_gradients(backbone, config, Env(CPU))
+    check_bf16_conv_gradients(backbone, config, Env(torch.device("cuda"), torch.bfloat16))
+    expectation = pytest.raises(UserError, match="bf16 gradients on a CPU are wrong")
+    with expectation if refused else nullcontext():
+        check_bf16_conv_gradients(backbone, config, Env(CPU, torch.bfloat16))
     assert backbone.training and not any(m._forward_hooks for m in backbone.modules())
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -278,33 +285,33 @@ def batchnorms():
     return nn.Sequential(conv, act, nn.Flatten(), nn.Linear(20, 3), nn.BatchNorm1d(3)).double()
 
 
-def timms_batchnorm(rank):
+def check_timms_batchnorm(rank):
     theirs = batchnorms()
     ours = batchnorms()
     ours.load_state_dict(theirs.state_dict())
-    ours = distributed.synchronize_batchnorm(ours, CPU).double()
+    ours = Env(CPU).sync_batchnorm(ours).double()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     whole = torch.randn(8, 2, 4, 4, dtype=torch.float64)
     for _ in range(2):
-        expected, found = theirs(whole), ours(whole.chunk(2)[rank])
-        torch.testing.assert_close(found, expected.chunk(2)[rank])
-        found.square().sum().backward()
+        expected, result = theirs(whole), ours(whole.chunk(2)[rank])
+        torch.testing.assert_close(result, expected.chunk(2)[rank])
+        result.square().sum().backward()
         expected.square().sum().backward()
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
-        torch.testing.assert_close(distributed.average(p.grad) * 2, q.grad, msg=name)
+        torch.testing.assert_close(all_reduce_mean(p.grad) * 2, q.grad, msg=name)
     for ours_buffer, theirs_buffer in zip(ours.buffers(), theirs.buffers()):
         torch.testing.assert_close(ours_buffer, theirs_buffer)
 
 
 def test_batchnorms_of_timm_on_two_ranks_equal_the_whole_batch():
-    on_two_ranks(timms_batchnorm)
+    on_two_ranks(check_timms_batchnorm)
 
 
 def test_synchronized_on_cuda_they_keep_their_activations(monkeypatch):
     model = batchnorms().eval()
     x = torch.randn(8, 2, 4, 4, dtype=torch.float64)
     expected = model(x)
-    monkeypatch.setattr(distributed, "world", lambda: 2)
-    synced = distributed.synchronize_batchnorm(model, torch.device("cuda")).eval()
+    monkeypatch.setattr(launch, "world_size", lambda: 2)
+    synced = Env(torch.device("cuda")).sync_batchnorm(model).eval()
     assert sum(isinstance(m, nn.SyncBatchNorm) for m in synced.modules()) == 2
     torch.testing.assert_close(synced(x), expected)

@@ -1,6 +1,7 @@
 """Each benchmark runs, and what it compares agrees."""
 
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -9,13 +10,28 @@ import torch
 from conftest import ROOT, launch
 
 import main_moco
+from engine.launch import Env
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import digits
+import memory
 import step
 
+CPU = torch.device("cpu")
 
-@pytest.mark.parametrize("name", ["attention", "listing", "loader", "memory", "probe", "soak"])
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention",
+        "listing",
+        "probe",
+        pytest.param("loader", marks=pytest.mark.slow),
+        pytest.param("memory", marks=pytest.mark.slow),
+        pytest.param("soak", marks=pytest.mark.slow),
+    ],
+)
 def test_a_benchmark_runs(name):
     done = launch(1, f"benchmarks/{name}.py", "--quick")
     assert done.returncode == 0, done.stderr
@@ -28,21 +44,22 @@ def side(monkeypatch):
     augment = main_moco.augment
     monkeypatch.setattr(main_moco, "augment", lambda *args: augment(*args).double())
 
-    def make(arch="vit_tiny", optimizer="adamw", **levers):
-        args = SimpleNamespace(arch=arch, batch_size=8, img_size=32, optimizer=optimizer,
-                               compile=False, encode_chunk=0)  # fmt: skip
-        side = step.Side(args, torch.device("cpu"), None, **levers)
+    def make(arch="vit_nano", optimizer="adamw", **levers):
+        side = create_side(Env(CPU), arch, optimizer, **levers)
         side.model.double()
         return side
 
     return make
 
 
+def create_side(env, arch="vit_nano", optimizer="adamw", **levers):
+    args = dict(arch=arch, batch_size=8, img_size=32, compile=False, encode_chunk=0, quick=True)
+    return step.Side(SimpleNamespace(**args, optimizer=optimizer), env, **levers)
+
+
 def test_the_fast_step_loses_as_the_plain_one(side):
-    fast, plain = (
-        [trained.run() for _ in range(10)]
-        for trained in (side(), side(**dict.fromkeys(step.LEVERS, False)))
-    )
+    plain = dict.fromkeys(step.LEVERS, False)
+    fast, plain = ([trained.run() for _ in range(10)] for trained in (side(), side(**plain)))
     assert fast == pytest.approx(plain, rel=1e-8) and fast[-1] < fast[0] / 2
 
 
@@ -50,13 +67,27 @@ def test_the_fast_step_loses_as_the_plain_one(side):
 def test_each_lever_does_something_and_leaves_the_loss_as_it_is(side, arch, optimizer):
     fast = side(arch, optimizer)
     chosen, losses = fast.chosen(), [fast.run() for _ in range(3)]
-    own = "one_pass fused_attention" if arch == "vit_nano" else "channels_last"
+    own = "concat_views fused_attention" if arch == "vit_nano" else "channels_last"
     shared = {"foreach_momentum", "fused_optimizer", "no_wait"}
     assert chosen.keys() == {*own.split(), *shared}
     for lever, value in chosen.items():
         other = side(arch, optimizer, **{lever: not value})
         assert [other.run() for _ in range(3)] == pytest.approx(losses, rel=1e-8), lever
         assert lever in shared or other.chosen().get(lever) != value
+
+
+def test_a_step_in_fp16_goes_without_the_fused_optimizer():
+    """There GradScaler divides the gradients, which AdamW does by itself only if it is fused."""
+    plain = dict.fromkeys(step.LEVERS, False)
+    losses = [
+        [trained.run() for _ in range(3)]
+        for trained in (
+            create_side(Env(CPU, torch.float16), **levers)
+            for levers in ({}, {"fused_optimizer": False}, plain)
+        )
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-2)
 
 
 def test_step_measures_both_sides_and_each_lever():
@@ -67,7 +98,69 @@ def test_step_measures_both_sides_and_each_lever():
     fast, plain = (report[side]["losses_of_10_steps"] for side in ("fast", "plain"))
     assert fast[:2] == pytest.approx(plain[:2], rel=1e-4)
     assert fast != plain  # rounded otherwise
-    assert report["levers"].keys() == set(step.LEVERS) - {"one_pass", "channels_last", "compile"}
-    assert set(report["fast"]["milliseconds_of_parts"]) == {
-        "augment", "encode", "gather", "heads and loss", "backward", "optimizer", "momentum update",
-    }  # fmt: skip
+    unused = {"concat_views", "channels_last", "compile"}
+    assert report["levers"].keys() == set(step.LEVERS) - unused
+    parts = "augment, encode, all_gather, heads and loss, backward, optimizer, momentum update"
+    assert set(report["fast"]["milliseconds_of_parts"]) == set(parts.split(", "))
+
+
+def memory_table(monkeypatch, capsys, out, answers, *flags):
+    """memory.py whose processes answer so: an exit code and what they print → exit code, table."""
+    answers = iter(answers)
+
+    def run(command, **_):
+        code, stdout, stderr = next(answers)
+        return subprocess.CompletedProcess(command, code, stdout, stderr)
+
+    monkeypatch.setattr(memory, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--out", str(out), *flags])
+    try:
+        memory.main()
+    except SystemExit as stop:
+        return stop.code, json.loads(out.read_text())["rows"]
+    assert json.loads(capsys.readouterr().out)["rows"] == json.loads(out.read_text())["rows"]
+    return 0, json.loads(out.read_text())["rows"]
+
+
+def measured(chunk, gib, images_per_s):
+    line = dict(batch_size=64, encode_chunk=chunk, peak_gib=gib, images_per_s=images_per_s)
+    return 0, json.dumps(line), ""
+
+
+OUT_OF_MEMORY = (1, "", "…\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate")
+
+
+def test_settings_that_run_out_of_memory_are_lines_of_the_table(monkeypatch, capsys, tmp_path):
+    flags = ["--device", "cpu", "--encode-chunk", "0", "32", "16"]
+    answers = [OUT_OF_MEMORY, (-9, "", ""), measured(16, 2.0, 9.0)]
+    code, table = memory_table(monkeypatch, capsys, tmp_path / "m.json", answers, *flags)
+    assert code == 0
+    assert [line.get("out_of_memory") for line in table] == [True, True, None]
+    answers = [measured(0, 8.0, 10.0), OUT_OF_MEMORY, measured(16, 2.0, 9.0)]
+    _, table = memory_table(monkeypatch, capsys, tmp_path / "m.json", answers, *flags)
+    assert table[2]["memory of the first/this"] == 4 and table[1]["out_of_memory"]
+
+
+def test_lines_before_a_failure_are_kept(monkeypatch, capsys, tmp_path):
+    answers = [measured(0, 8.0, 10.0), (1, "", "a traceback")]
+    code, table = memory_table(monkeypatch, capsys, tmp_path / "m.json", answers, "--device", "cpu")
+    assert code == "a traceback" and [line["peak_gib"] for line in table] == [8.0]
+    assert "8.0" in capsys.readouterr().err
+
+
+def test_the_largest_batch_is_one_that_was_measured(monkeypatch, capsys, tmp_path):
+    gpu = SimpleNamespace(total_memory=79.2 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    answers = [OUT_OF_MEMORY, measured(0, 8, 9), measured(0, 16, 9), OUT_OF_MEMORY]
+    flags = "--encode-chunk 0 --gib 1 80 160".split()
+    _, table = memory_table(monkeypatch, capsys, tmp_path / "m.json", answers, *flags)
+    assert [line["largest_batch"] for line in table] == [None, 64, None]
+    assert table[2]["this_gpu_gib"] == 79.2
+
+
+def test_the_last_value_of_a_sweep_is_the_best_rates(tmp_path):
+    lines = [{"acc1/lr0.1": 90, "acc1/lr1": 91}, {"acc1/lr0.1": 80, "acc1/lr1": 70}, {"loss": 1}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert digits.last_value(tmp_path, "acc1") == 80

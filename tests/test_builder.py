@@ -1,4 +1,4 @@
-"""The algorithm: loss, gradient, momentum update, heads, against formulas in float64."""
+"""The algorithm: loss, gradient, momentum update and heads, compared with formulas in float64."""
 
 import math
 import shutil
@@ -7,14 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from moco import UserError
-from moco.augment import Views, augment
-from moco.backbones import create_backbone
-from moco.builder import MoCo, contrastive_loss, features, spread
-from moco.data import EpochBatches, TwoCrops
-from moco.distributed import ViewBatchNorm
-from moco.optimizer import create_optimizer
-from moco.sources import load_data
+from engine.backbones import create_backbone
+from engine.datasets import load_splits
+from engine.loader import EpochBatchSampler, TwoCrops
+from moco import LazyViews, MoCo, augment, contrastive_loss, create_optimizer
+from moco.batchnorm import ViewBatchNorm
+from moco.builder import feature_std
 
 
 def nano(arch="vit_nano", size=16, patch=4, T=0.2, **kwargs):
@@ -23,8 +21,8 @@ def nano(arch="vit_nano", size=16, patch=4, T=0.2, **kwargs):
 
 def digits(n, seed=0, size=16):
     """A batch of augmented views → x1, x2 [n, 3, size, size]."""
-    crops, rows = crops_of_digits(n, seed, size)
-    return augment(crops.flatten(0, 1), rows.flatten(0, 1)).chunk(2)
+    crops, params = crops_of_digits(n, seed, size)
+    return augment(crops.flatten(0, 1), params.flatten(0, 1)).chunk(2)
 
 
 def dense_loss(q, k, T):
@@ -49,10 +47,10 @@ def test_loss_and_gradient_match_the_dense_formula(T):
 
 
 def crops_of_digits(n, seed=0, size=16):
-    """A batch as a worker makes it: uint8 [2, n, 3, size, size], parameters [2, n, COLUMNS]."""
-    train = load_data("digits").train
-    keys = next(iter(EpochBatches(len(train), n, seed)))
-    return TwoCrops(train, (size, size), 0.35, seed).__getitems__(keys)
+    """A batch as a worker makes it: uint8 [2, n, 3, size, size], params [2, n, NUM_PARAMS]."""
+    train = load_splits("digits").train
+    keys = next(iter(EpochBatchSampler(len(train), n, seed)))
+    return TwoCrops(train, (size, size), 0.35, seed).__getitems__(keys).data
 
 
 def gradients(model, *views):
@@ -76,16 +74,16 @@ def test_chunks_give_the_gradient_of_the_whole_batch(chunk):
 
 
 def test_chunks_augment_as_the_whole_batch():
-    crops, rows = crops_of_digits(12)
-    whole = augment(crops.flatten(0, 1), rows.flatten(0, 1)).chunk(2)
-    for x, views in zip(whole, map(Views, crops, rows)):
+    crops, params = crops_of_digits(12)
+    whole = augment(crops.flatten(0, 1), params.flatten(0, 1)).chunk(2)
+    for x, views in zip(whole, map(LazyViews, crops, params)):
         assert len(views) == 12
         torch.testing.assert_close(torch.cat([views[:5], views[5:]]), x, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vit_conv_nano"])
 def test_chunks_refuse_a_backbone_with_batchnorm(arch):
-    with pytest.raises(UserError, match="--encode-chunk is for backbones without BatchNorm"):
+    with pytest.raises(ValueError, match="encode_chunk needs a backbone without BatchNorm"):
         MoCo(create_backbone(arch, 32), 8, 8, encode_chunk=4)
 
 
@@ -111,7 +109,7 @@ def test_forward_is_the_symmetrized_loss_of_algorithm_1(arch, size, patch):
     x1, x2 = torch.randn(2, 8, 3, size, size, dtype=torch.float64)
 
     def through(encoder, x):  # one view alone, with torch's own BatchNorm
-        h = features(encoder, x)
+        h = encoder(x)
         return plain(encoder.fc if hasattr(encoder, "fc") else encoder.head)(h)
 
     def plain(head):
@@ -135,6 +133,62 @@ def test_forward_is_the_symmetrized_loss_of_algorithm_1(arch, size, patch):
         torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights)
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
+
+
+def test_a_called_encoder_returns_the_features():
+    """The projector in it passes its input through; `project` applies the layers."""
+    backbone = create_backbone("vit_nano", 16, 4)
+    x = torch.rand(3, 3, 16, 16)
+    expected = backbone(x)
+    model = MoCo(backbone, dim=32, mlp_dim=64)
+    assert torch.equal(model.base_encoder(x), expected)
+    assert torch.equal(model.momentum_encoder(x), expected)
+    assert model.base_encoder.num_features == 128
+    assert model.base_encoder.head.project(expected[None]).shape == (1, 3, 32)
+
+
+def test_any_module_under_the_contract_is_a_backbone():
+    class Volume(nn.Module):
+        """Without a classifier; states the width of its features."""
+
+        num_features = 6
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 6, 2, 2)
+
+        def forward(self, x):
+            return self.conv(x).mean((2, 3, 4))
+
+    class Classifying(Volume):
+        """With a classifier of its own name, which it calls."""
+
+        classifier_name = "classify"
+
+        def __init__(self):
+            super().__init__()
+            self.classify = nn.Linear(6, 10)
+
+        def forward(self, x):
+            return self.classify(super().forward(x))
+
+    class Maps(Volume):
+        def forward(self, x):
+            return self.conv(x)
+
+    class Unstated(Volume):
+        num_features = None
+
+    x1, x2 = torch.rand(2, 4, 1, 4, 4, 4)
+    for backbone in (Volume(), Classifying()):
+        model = MoCo(backbone, dim=8, mlp_dim=16)
+        loss, _ = model(x1, x2)
+        loss.backward()
+        assert model.base_encoder(x1).shape == (4, 6)
+    with pytest.raises(ValueError, match=r"returned \[4, 6, 2, 2, 2\] for a view"):
+        MoCo(Maps(), dim=8, mlp_dim=16)(x1, x2)
+    with pytest.raises(ValueError, match="num_features = d"):
+        MoCo(Unstated(), dim=8, mlp_dim=16)
 
 
 def test_forward_changes_no_weight_and_keys_get_no_gradient():
@@ -163,19 +217,19 @@ def test_momentum_update_matches_the_formula():
     torch.testing.assert_close(k, 0.97 * old + 0.03 * q, rtol=1e-12, atol=1e-12)
 
 
-def test_both_views_in_one_pass_equal_two_passes():
+def test_both_views_as_one_batch_equal_two_batches():
     model = nano().double()
     x1, x2 = (x.double() for x in digits(16))
     one, _ = model(x1, x2)
-    model.one_pass = False
+    model.concat_views = False
     two, _ = model(x1, x2)
     torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
 
 
 def test_backbones_with_batchnorm_never_mix_views():
-    assert nano().one_pass
-    assert not nano("resnet18", 32, None).one_pass
-    assert not nano("vit_conv_small", 32, None).one_pass
+    assert nano().concat_views
+    assert not nano("resnet18", 32, None).concat_views
+    assert not nano("vit_conv_small", 32, None).concat_views
 
 
 def test_head_batchnorm_is_batchnorm1d_of_each_view():
@@ -189,47 +243,48 @@ def test_head_batchnorm_is_batchnorm1d_of_each_view():
 
 
 @pytest.mark.parametrize(
-    "arch, projector, layers",
+    "arch, name, layers",
     [("vit_small", "head", {0, 1, 3, 4, 6, 7}), ("resnet50", "fc", {0, 1, 3, 4})],
 )
-def test_state_dict_has_the_published_keys(arch, projector, layers):
-    state = MoCo(create_backbone(arch)).state_dict()
+def test_state_dict_has_the_published_keys(arch, name, layers):
+    with torch.device("meta"):
+        state = MoCo(create_backbone(arch)).state_dict()
     for encoder in ("base_encoder", "momentum_encoder"):
-        prefix = f"{encoder}.{projector}."
-        found = {int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)}
-        assert found == layers
-    found = {int(key.split(".")[1]) for key in state if key.startswith("predictor.")}
-    assert found == ({0, 1, 3, 4} if arch == "vit_small" else {0, 1, 3})
+        prefix = f"{encoder}.{name}."
+        keys = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+        assert {int(key.split(".")[0]) for key in keys} == layers
+    predictor = {int(key.split(".")[1]) for key in state if key.startswith("predictor.")}
+    assert predictor == ({0, 1, 3, 4} if arch == "vit_small" else {0, 1, 3})
     assert not any(key.endswith(".bias") and ".0." in key for key in state if "predictor" in key)
     last = max(layers)  # BN without affine
-    assert f"base_encoder.{projector}.{last}.running_mean" in state
-    assert f"base_encoder.{projector}.{last}.weight" not in state
+    assert f"base_encoder.{name}.{last}.running_mean" in state
+    assert f"base_encoder.{name}.{last}.weight" not in state
 
 
 def test_loss_at_init_is_near_chance_for_vit_small():
     model = MoCo(create_backbone("vit_small", 64, 16), T=0.2)
     with torch.no_grad():
-        loss, monitors = model(*digits(64, size=64))
+        loss, metrics = model(*digits(64, size=64))
     assert loss.item() == pytest.approx(4 * 0.2 * math.log(64), rel=0.03)
-    assert 0 <= monitors["top1"] <= 1
+    assert 0 <= metrics["top1"] <= 1
 
 
 def test_64_images_are_learned_within_100_steps():
-    model = nano()
+    model = nano(patch=8)
     optimizer = create_optimizer("adamw", model, lr=1e-3, wd=0.0)
     x1, x2 = digits(64)
     losses = []
     while len(losses) < 100 and (not losses or losses[-1] > 0.5 * 4 * 0.2 * math.log(64)):
-        loss, monitors = model(x1, x2)
+        loss, metrics = model(x1, x2)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         model.update_momentum_encoder(0.9)
         losses.append(loss.item())
     assert len(losses) < 100
-    assert monitors["top1"] > 0.5
+    assert metrics["top1"] > 0.5
 
 
-def test_spread_is_one_on_the_sphere_and_zero_when_collapsed():
-    assert spread(torch.randn(2, 4096, 64)).item() == pytest.approx(1, abs=0.02)
-    assert spread(torch.ones(2, 16, 64)).item() == pytest.approx(0, abs=1e-6)
+def test_feature_std_is_one_on_the_sphere_and_zero_when_collapsed():
+    assert feature_std(torch.randn(2, 4096, 64)).item() == pytest.approx(1, abs=0.02)
+    assert feature_std(torch.ones(2, 16, 64)).item() == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Files on disk: layout, atomicity, refusal of what doesn't fit."""
+"""Files on disk: layout, atomicity, errors for what does not fit."""
 
 import copy
 import pickle
@@ -6,21 +6,40 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY
 from timm.layers import resample_abs_pos_embed
 
-from moco import UserError, checkpoint
-from moco.backbones import create_backbone
-from moco.builder import MoCo
-from moco.optimizer import create_optimizer
+import main_moco
+from engine import checkpoint, weights
+from engine.backbones import BackboneConfig, create_backbone
+from engine.datasets import load_splits
+from engine.errors import UserError
+from engine.launch import Env
+from engine.loader import EpochBatchSampler
+from engine.run import Run
+from moco import MoCo, create_optimizer
 
 
 def nano(**kwargs):
     return MoCo(create_backbone("vit_nano", 16, 4), dim=32, mlp_dim=64, **kwargs)
 
 
+def create_run(folder, model, *flags, **stateful):
+    """A run on the digits that has this model, as main_moco.py has it before the first step."""
+    args = main_moco.parse_args([*TINY, "--output-dir", str(folder), *flags])
+    splits = load_splits("digits")
+    loader = SimpleNamespace(
+        batch_sampler=EpochBatchSampler(len(splits.train), args.batch_size, args.seed),
+        dataset=SimpleNamespace(dataset=splits.train),
+    )
+    run = Run(args, Env(torch.device("cpu")), folder)
+    run.restore(loader, BackboneConfig.from_args(args), splits, model=model, **stateful)
+    return run
+
+
 def state_of(model):
-    about = dict(arch="vit_nano", img_size=(16, 16), patch_size=(4, 4), args={})
-    return checkpoint.training_state(about, 1, 5, model)
+    state = checkpoint.published_state_dict(model)
+    return dict(arch="vit_nano", img_size=(16, 16), patch_size=(4, 4), args={}, state_dict=state)
 
 
 def saved(folder, model, **extra):
@@ -33,7 +52,7 @@ def test_weights_survive_the_round_trip(tmp_path):
     path = saved(tmp_path, model)
     content = checkpoint.load(path)
     assert all(key.startswith("module.") for key in content["state_dict"])
-    checkpoint.load_model(other, content, path)
+    weights.load_model(other, content, path)
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
 
@@ -54,8 +73,8 @@ def test_a_resnet_continues_exactly_from_either_memory_format(tmp_path, saved_as
 
     model, optimizer = create()
     steps(model, optimizer, [1, 2])
-    state = checkpoint.training_state(dict(args={}), 1, 5, model, optimizer=optimizer)
-    state = copy.deepcopy(state)
+    run = create_run(tmp_path, model, optimizer=optimizer)
+    state = copy.deepcopy(run._state())
     moments = state["optimizer"]["state"].values()
     for values in (state["state_dict"], *moments):
         assert all(value.is_contiguous() for value in values.values())  # as published
@@ -67,28 +86,27 @@ def test_a_resnet_continues_exactly_from_either_memory_format(tmp_path, saved_as
     steps(model, optimizer, [3])
 
     resumed, other = create()
-    path = tmp_path / checkpoint.LAST
-    checkpoint.resume([path], SimpleNamespace(), resumed, optimizer=other)
+    create_run(tmp_path, resumed, "--resume", "auto", optimizer=other)
     steps(resumed, other, [3])
     for key, value in model.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
 
 
-def test_a_position_table_of_another_grid_is_resampled(tmp_path):
+def test_a_position_embedding_of_another_grid_is_interpolated(tmp_path):
     wide = MoCo(create_backbone("vit_nano", (16, 64), 4), dim=32, mlp_dim=64)
     path = saved(tmp_path, wide, img_size=(16, 64))
     args = SimpleNamespace(pretrained=path, arch=None, img_size=(32, 32), patch_size=None,
                            small_stem=False, from_scratch=False,
-                           in_chans=None, mean=None, std=None, max_value=None)  # fmt: skip
-    square, _ = checkpoint.create_downstream(args)
-    table = wide.base_encoder.pos_embed
-    assert square.pos_embed.shape == table.shape  # 4×16 cells and 8×8
-    expected = resample_abs_pos_embed(table, (8, 8), (4, 16))
+                           in_chans=None, mean=None, std=None, max_value=None, max_pixels=None)  # fmt: skip
+    square, _ = weights.create_pretrained_backbone(args)
+    embedding = wide.base_encoder.pos_embed
+    assert square.pos_embed.shape == embedding.shape  # 4×16 cells and 8×8
+    expected = resample_abs_pos_embed(embedding, (8, 8), (4, 16))
     torch.testing.assert_close(square.pos_embed, expected, rtol=0, atol=0)
 
     other = MoCo(create_backbone("vit_nano", (32, 32), 4), dim=32, mlp_dim=64)
     own = other.base_encoder.pos_embed.clone()
-    checkpoint.load_model(other, checkpoint.load(path), path)
+    weights.load_model(other, checkpoint.load(path), path)
     assert torch.equal(other.base_encoder.pos_embed, own)
 
 
@@ -120,7 +138,7 @@ class Code:
         return print, ("this ran",)
 
 
-def test_what_is_no_checkpoint_is_refused_without_running_it(tmp_path, capsys):
+def test_another_file_is_refused_without_running_it(tmp_path, capsys):
     path = tmp_path / "file.pth"
     with pytest.raises(UserError, match="no checkpoint at"):
         checkpoint.load(path)
@@ -148,16 +166,16 @@ def test_every_mismatch_is_named(tmp_path):
         (dict(state_dict=lacking), "lacks predictor.0.weight"),
         (dict(state_dict=foreign), "has unknown surprise"),
         (dict(state_dict=reshaped), "has in other shapes predictor.0.weight"),
-        (dict(state_dict=probe), "no momentum_encoder"),
+        (dict(state_dict=probe), "has no momentum_encoder"),
         (dict(state_dict=state, num_heads=6), "trained with 6 heads, this model has 4"),
     ):
         with pytest.raises(UserError, match=words):
-            checkpoint.load_model(model, content, "x.pth")
+            weights.load_model(model, content, "x.pth")
 
 
-def test_position_table_is_made_anew_for_another_image_size():
+def test_position_embedding_is_computed_again_for_another_image_size():
     small, large = nano(), MoCo(create_backbone("vit_nano", 32, 4), dim=32, mlp_dim=64)
-    table = large.base_encoder.pos_embed.clone()
-    checkpoint.load_model(large, {"state_dict": state_of(small)["state_dict"]}, "x.pth")
-    assert torch.equal(large.base_encoder.pos_embed, table)
+    embedding = large.base_encoder.pos_embed.clone()
+    weights.load_model(large, {"state_dict": state_of(small)["state_dict"]}, "x.pth")
+    assert torch.equal(large.base_encoder.pos_embed, embedding)
     assert torch.equal(large.base_encoder.cls_token, small.base_encoder.cls_token)

@@ -4,8 +4,11 @@ import io
 import sys
 
 import pytest
+import torch
 
-from moco import UserError, cli
+from engine import cli
+from engine.errors import UserError
+from moco import MoCo
 
 
 def parser():
@@ -53,17 +56,17 @@ def test_numbers_out_of_range_are_refused(flags):
 
 
 @pytest.mark.parametrize(
-    "error, local_rank, code, lines",
+    "error, local_rank, exit_code, lines",
     [
         (UserError("wrong"), "0", 2, 1),
         (UserError("wrong"), "1", 2, 0),
-        (UserError("wrong", code=1, everywhere=True), "1", 1, 1),
+        (UserError("wrong", exit_code=1, rank_local=True), "1", 1, 1),
         (KeyboardInterrupt(), "0", 130, 1),
         (None, "0", 0, 0),
     ],
 )
 def test_a_script_ends_with_one_line_and_its_code(
-    monkeypatch, capsys, error, local_rank, code, lines
+    monkeypatch, capsys, error, local_rank, exit_code, lines
 ):
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setenv("RANK", local_rank)
@@ -73,8 +76,8 @@ def test_a_script_ends_with_one_line_and_its_code(
             raise error
 
     with pytest.raises(SystemExit) as stop:
-        cli.run(main, lambda: None)
-    assert stop.value.code == code and capsys.readouterr().err.count("\n") == lines
+        cli.run_script(main, lambda: None)
+    assert stop.value.code == exit_code and capsys.readouterr().err.count("\n") == lines
 
 
 def test_names_of_any_bytes_are_printed_and_stay_on_one_line(monkeypatch, capsys):
@@ -85,6 +88,28 @@ def test_names_of_any_bytes_are_printed_and_stay_on_one_line(monkeypatch, capsys
         raise UserError("no\nsuch \udcff\x1b[0m ü")
 
     with pytest.raises(SystemExit):
-        cli.run(main, lambda: None)
+        cli.run_script(main, lambda: None)
     assert sys.stdout.buffer.getvalue() == b"\\u03c4 \\udcff\n"
     assert capsys.readouterr().err.endswith("error: no\\nsuch \\udcff\\x1b[0m ü\n")
+
+
+def test_a_value_error_of_the_library_is_one_line_and_any_other_a_bug(capsys):
+    def wrong_backbone(args):
+        MoCo(torch.nn.Conv2d(3, 3, 1))
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run_script(wrong_backbone, lambda: None)
+    assert stop.value.code == 2
+    assert "error: the backbone must state" in capsys.readouterr().err
+
+    def bug(args):
+        int("one")
+
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.run_script(bug, lambda: None)
+    assert issubclass(UserError, ValueError)
+
+
+def test_defaults_are_beside_the_flags():
+    args = parser().parse_args(["DIR", "--epochs", "5"])
+    assert args.defaults["epochs"] == 100 and "defaults" not in vars(args)

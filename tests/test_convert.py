@@ -3,20 +3,27 @@
 import json
 import re
 import sys
-from types import SimpleNamespace
 
 import official
 import pytest
 import timm
 import torch
 import torchvision
-from conftest import ROOT, launch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from moco import UserError, checkpoint
-from moco.backbones import Classifier, create_backbone
-from moco.builder import MoCo, features
+from engine import checkpoint, cli
+from engine.backbones import Classifier, create_backbone
+from engine.errors import UserError
+from engine.weights import (
+    create_classifier,
+    create_pretrained_backbone,
+    detach_classifier,
+    num_heads,
+    read_weights,
+)
+from moco import MoCo
 from vits import ConvStem
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -68,12 +75,12 @@ def assert_same(found, expected):
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
 
 
-def load_ours(path, classes=None):
-    """As main_lincls.py does."""
-    args = SimpleNamespace(pretrained=path, arch=None, img_size=None, patch_size=None,
-                           small_stem=False, from_scratch=False, in_chans=None, mean=None,
-                           std=None, max_value=None)  # fmt: skip
-    return checkpoint.create_downstream(args, classes)[0].eval()
+def load_ours(path, has_classifier=False):
+    """As main_lincls.py does, with --evaluate if it has a classifier."""
+    parser = cli.Parser(parents=[cli.pretrained_flags()])
+    args = parser.parse_args(["digits", "--pretrained", str(path)])
+    model = (create_classifier if has_classifier else create_pretrained_backbone)(args)[0]
+    return model.eval()
 
 
 def load_timm(folder):
@@ -89,23 +96,31 @@ def load_timm(folder):
 @torch.no_grad()
 def assert_same_features(ours, theirs, size=(224, 224)):
     x = torch.randn(1, 3, *size)
-    h = features(ours, x)
-    assert h.std() > 1e-3
-    torch.testing.assert_close(theirs.forward_head(theirs.forward_features(x), pre_logits=True), h,
-                               rtol=0, atol=1e-5)  # fmt: skip
     torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-5)
+    if not isinstance(ours.get_submodule(ours.classifier_name), torch.nn.Identity):
+        detach_classifier(ours)
+    h = ours(x)
+    assert h.std() > 1e-3
+    found = theirs.forward_head(theirs.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(found, h, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "arch, classes", [("vit_small", None), ("vit_base", 5), ("resnet50", None), ("resnet18", 5)]
+    "arch, classes",
+    [
+        ("vit_small", None),
+        ("resnet18", 5),
+        pytest.param("vit_base", 5, marks=pytest.mark.slow),
+        pytest.param("resnet50", None, marks=pytest.mark.slow),
+    ],
 )
 def test_timm_has_our_features_and_the_way_back_is_the_identity(files, tmp_path, arch, classes):
     source, flags = files(arch, classes), ["--with-heads"] if classes else []
     folder = run(source, tmp_path / "timm", "timm", *flags)
     theirs = load_timm(folder)
-    assert_same_features(load_ours(source, classes), theirs)
+    assert_same_features(load_ours(source, bool(classes)), theirs)
     assert theirs.num_classes == (classes or 0)
-    assert checkpoint.num_heads(theirs) == (12 if arch.startswith("vit") else None)
+    assert num_heads(theirs) == (12 if arch.startswith("vit") else None)
 
     expected = weights(source, "module.") if classes else backbone_of(source)
     assert_same(load_file(folder / "model.safetensors"), expected)
@@ -120,7 +135,8 @@ def test_timm_has_our_features_and_the_way_back_is_the_identity(files, tmp_path,
         ("vit_small", "official", ()),
         ("vit_small", "deit", ("--num-heads", "12")),
         ("resnet18", "deit", ()),
-        ("resnet50", "torchvision", ()),
+        ("resnet18", "torchvision", ()),
+        pytest.param("resnet50", "torchvision", (), marks=pytest.mark.slow),
     ],
 )
 def test_round_trips_are_identities(files, tmp_path, arch, to, flags):
@@ -144,17 +160,17 @@ def test_round_trips_are_identities(files, tmp_path, arch, to, flags):
 def assert_same_as_torchvision(theirs, ours):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(x), features(ours, x))
+        torch.testing.assert_close(theirs(x), ours(x))
 
 
-def test_the_real_script_converts_both_ways(files, tmp_path):
+def test_the_script_converts_both_ways(files, tmp_path, script):
     source, folder, back = files("resnet18"), tmp_path / "timm", tmp_path / "back.pth"
-    done = launch(1, "tools/convert.py", source, folder, "--to", "timm")
-    assert done.returncode == 0, done.stderr
-    assert "(MoCo v3 pre-training: resnet18, 224×224 pixels)" in done.stdout
-    assert "(timm: 120 tensors, without fc, momentum_encoder, predictor)" in done.stdout
-    done = launch(1, "tools/convert.py", folder, back, "--to", "official")
-    assert done.returncode == 0, done.stderr
+    code, out, err = script("tools/convert.py", source, folder, "--to", "timm")
+    assert (code, err) == (0, "")
+    assert "(MoCo v3 pre-training: resnet18, 224×224 pixels)" in out
+    assert "(timm: 120 tensors, without fc, momentum_encoder, predictor)" in out
+    code, _, err = script("tools/convert.py", folder, back, "--to", "official")
+    assert (code, err) == (0, "")
     assert_same(weights(back, "module.base_encoder."), backbone_of(source))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back.pth", "timm"]
 
@@ -165,12 +181,10 @@ def test_with_heads_every_key_is_kept_and_timms_class_takes_a_convolutional_stem
     probe = files("vit_conv_small", 5)
     there = run(probe, tmp_path / "there.pth", "deit", "--with-heads")
     assert_same(weights(there), weights(probe, "module."))
-    theirs = VisionTransformer(
-        (224, 224), (16, 16), embed_dim=384, depth=11, num_heads=12, num_classes=5,
-        embed_layer=ConvStem,
-    )  # fmt: skip
+    shape = dict(embed_dim=384, depth=11, num_heads=12, num_classes=5)
+    theirs = VisionTransformer((224, 224), (16, 16), embed_layer=ConvStem, **shape)
     theirs.load_state_dict(weights(there))
-    assert_same_features(load_ours(probe, 5), theirs.eval())
+    assert_same_features(load_ours(probe, True), theirs.eval())
     back = run(there, tmp_path / "back.pth", "official", "--with-heads")
     assert_same(weights(back), weights(probe))
 
@@ -226,35 +240,66 @@ def save_ours(path, arch, classes=None, size=(32, 32), **kwargs):
         for value in backbone.state_dict().values():
             if value.is_floating_point():
                 value += 0.01 * torch.rand_like(value)
-    about = dict(arch=arch, img_size=size, patch_size=None, small_stem=False) | kwargs
+    config = dict(arch=arch, img_size=size, patch_size=None, small_stem=False) | kwargs
     if classes:
         head = Classifier(backbone.num_features, classes)
         backbone.set_submodule(backbone.classifier_name, head)
+        config["class_names"] = [f"class {i}" for i in range(classes)]
     model = backbone if classes else MoCo(backbone, dim=8, mlp_dim=16)
-    torch.save(checkpoint.training_state(about, 1, 1, model), path)
+    state = checkpoint.published_state_dict(model)
+    config |= dict(epoch=1, iteration=1, num_heads=num_heads(model))
+    torch.save(config | dict(state_dict=state), path)
     return path
 
 
+BACKBONES = {
+    "timm/convnext_atto": {},
+    "timm/mobilenetv3_small_050": {},
+    "timm/vit_wee_patch16_reg1_gap_256": dict(size=(16, 32), patch_size=(8, 8)),
+    "vit_nano": dict(size=(32, 64), patch_size=(16, 8)),
+}
+
+
 @pytest.mark.parametrize(
-    "arch, kwargs",
+    "arch, classes",
     [
-        ("timm/convnext_atto", {}),
-        ("timm/mobilenetv3_small_050", {}),
-        ("timm/vit_wee_patch16_reg1_gap_256", dict(size=(16, 32), patch_size=(8, 8))),
-        ("vit_nano", dict(size=(32, 64), patch_size=(16, 8))),
+        ("timm/convnext_atto", None),
+        ("timm/mobilenetv3_small_050", 3),
+        ("vit_nano", None),
+        ("vit_nano", 3),
+        pytest.param("timm/convnext_atto", 3, marks=pytest.mark.slow),
+        pytest.param("timm/mobilenetv3_small_050", None, marks=pytest.mark.slow),
+        pytest.param("timm/vit_wee_patch16_reg1_gap_256", None, marks=pytest.mark.slow),
+        pytest.param("timm/vit_wee_patch16_reg1_gap_256", 3, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("classes", [None, 3])
-def test_any_backbone_goes_to_timm_and_back(tmp_path, arch, kwargs, classes):
+def test_any_backbone_goes_to_timm_and_back(tmp_path, arch, classes):
+    kwargs = BACKBONES[arch]
     source = save_ours(tmp_path / "ours.pth", arch, classes, **kwargs)
     flags = ["--with-heads"] if classes else []
     folder = run(source, tmp_path / "timm", "timm", *flags)
     size = kwargs.get("size", (32, 32))
-    assert_same_features(load_ours(source, classes), load_timm(folder), size)
+    assert_same_features(load_ours(source, bool(classes)), load_timm(folder), size)
     back = run(folder, tmp_path / "back.pth", "official", *flags)
-    ours, there = load_ours(source, classes), load_ours(back, classes)
+    ours, there = load_ours(source, bool(classes)), load_ours(back, bool(classes))
     assert_same(there.state_dict(), ours.state_dict())
-    assert checkpoint.load(back)["arch"] == arch
+    content = checkpoint.load(back)
+    assert content["arch"] == arch
+    assert content.get("class_names") == (classes and [f"class {i}" for i in range(classes)])
+
+
+def test_a_folder_of_timms_hub_is_read(tmp_path):
+    """Which states neither model_args nor channels."""
+    resnet = timm.create_model("resnet18", num_classes=3)
+    save_file(resnet.state_dict(), tmp_path / "model.safetensors")
+    images = dict(input_size=(3, 224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    config = dict(architecture="resnet18", num_classes=3, pretrained_cfg=images)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = read_weights(tmp_path)
+    assert weights.config["mean"] == (0.5, 0.5, 0.5) and weights.config["in_chans"] == 3
+    assert weights.heads.keys() == {"fc.weight", "fc.bias"}
+    model = weights.create_backbone()
+    assert_same(model.state_dict(), weights.backbone)
 
 
 def test_other_numbers_of_channels_are_kept(tmp_path):
@@ -263,8 +308,11 @@ def test_other_numbers_of_channels_are_kept(tmp_path):
     gray = create_backbone("resnet18", in_chans=1).state_dict()
     gray = {key: value.contiguous() for key, value in gray.items()}
     save_file(gray, folder / "model.safetensors")
-    config = dict(architecture="resnet18", model_args=dict(in_chans=1),
-                  pretrained_cfg=dict(input_size=(1, 64, 64), mean=(0.3,), std=(0.2,)))  # fmt: skip
+    config = dict(
+        architecture="resnet18",
+        model_args=dict(in_chans=1),
+        pretrained_cfg=dict(input_size=(1, 64, 64), mean=(0.3,), std=(0.2,)),
+    )
     (folder / "config.json").write_text(json.dumps(config))
     ours = run(folder, tmp_path / "ours.pth", "official")
     assert checkpoint.load(ours)["mean"] == (0.3,)
@@ -288,7 +336,7 @@ def test_a_vit_small_keeps_the_heads_it_has(tmp_path):
 
 def mistakes(files, pretrained, folder):
     """Command line → what is said about it."""
-    small, conv, resnet = files("vit_small", 5), files("vit_conv_small", 5), files("resnet18")
+    small, resnet = files("vit_small", 5), files("resnet18")
     probe, out = files("resnet18", 5), folder / "out"
 
     def saved(name, content):
@@ -302,6 +350,7 @@ def mistakes(files, pretrained, folder):
     plain = {k: v for k, v in plain.items() if "attn" not in k and "mlp" not in k}
     bare = {k: v for k, v in plain.items() if not k.startswith("blocks.3.")}
     stem = save_ours(folder / "stem.pth", "resnet18", small_stem=True)
+    conv = save_ours(folder / "conv.pth", "vit_conv_nano")
     broken = folder / "broken"
     broken.mkdir()
     save_file(dict(a=torch.ones(1)), broken / "model.safetensors")
@@ -319,9 +368,11 @@ def mistakes(files, pretrained, folder):
     yield (saved("keys.pth", {1: torch.ones(1)}), out, "--to", "timm"), "holds no weights"
     yield (saved("a.pth", {"a": torch.ones(1)}), out, "--to", "timm"), "neither a ViT nor a ResNet"
     yield (saved("bare.pth", bare), out, "--to", "official"), "none of the ViTs of vits.py"
-    yield (saved("no_size.pth", {"cls_token": plain["cls_token"]} | {
-        k: v for k, v in plain.items() if "blocks" in k}), out, "--to", "official",
-        "--num-heads", "12"), "no patches that make up a square"  # fmt: skip
+    no_size = {k: v for k, v in plain.items() if "blocks" in k or k == "cls_token"}
+    yield (
+        (saved("no_size.pth", no_size), out, "--to", "official", "--num-heads", "12"),
+        "no patches that make up a square",
+    )
     table = dict(plain, pos_embed=torch.ones(1, 7, 384))
     yield (
         (saved("table.pth", table), out, "--to", "official", "--num-heads", "12"),
@@ -331,13 +382,16 @@ def mistakes(files, pretrained, folder):
     flat = dict(plain, pos_embed=torch.ones(7), cls_token=torch.ones(384))
     yield (saved("flat.pth", flat), out, "--to", "official", "--num-heads", "12"), "no patches"
     yield (saved("plain.pth", plain), out, "--to", "timm"), "how many attention heads"
-    yield (small, out, "--to", "timm", "--num-heads", "6"), "has 12 heads, not 6: drop --num-heads"
+    yield (
+        (pretrained, out, "--to", "timm", "--num-heads", "6"),
+        "has 4 heads, not 6: drop --num-heads",
+    )
     yield (resnet, out, "--to", "timm", "--num-heads", "6"), "has no heads, not 6"
     yield (small, out, "--to", "deit"), "DeiT's ViT-S has 6 heads, this one 12"
-    yield (small, out, "--to", "torchvision"), "torchvision has no vit_small"
+    yield (pretrained, out, "--to", "torchvision"), "torchvision has no vit_nano"
     yield (stem, out, "--to", "torchvision"), "torchvision has no resnet18 with this stem"
     yield (stem, out, "--to", "timm"), "timm has no resnet18 with this stem"
-    yield (conv, out, "--to", "timm"), "timm has no vit_conv_small: "
+    yield (conv, out, "--to", "timm"), "timm has no vit_conv_nano: "
     yield (resnet, out, "--to", "timm", "--with-heads"), "no heads for --to timm"
     yield (
         (saved("r.pth", backbone_of(resnet)), out, "--to", "timm", "--with-heads"),
@@ -345,10 +399,10 @@ def mistakes(files, pretrained, folder):
     )
     head = dict(weights(probe, "module."), **{"fc.extra": torch.ones(1)})
     yield (saved("h.pth", head), out, "--to", "timm", "--with-heads"), "no heads for --to timm"
-    yield (saved("arch.pth", dict(arch="timm/nothing", state_dict=head)), out, "--to",
-        "official"), "unknown arch"  # fmt: skip
+    unknown = dict(arch="timm/nothing", state_dict=head)
+    yield (saved("arch.pth", unknown), out, "--to", "official"), "unknown arch"
     sizes = dict(arch="vit_small", img_size="wide", state_dict=plain)
-    yield (saved("size.pth", sizes), out, "--to", "official"), "is damaged: its 'img_size'"
+    yield (saved("size.pth", sizes), out, "--to", "official"), "is damaged: 'img_size' should be"
     yield (pretrained, out, "--to", "onnx"), "invalid choice"
 
 

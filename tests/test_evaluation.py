@@ -1,63 +1,117 @@
-"""The kNN monitor against the formula, and its sharding."""
+"""The kNN monitor and the accuracy of classifiers, against the formula; how they are sharded."""
 
-import contextlib
-
+import pytest
 import torch
 from torch import nn
 
-from moco.backbones import create_backbone
-from moco.evaluation import KNN, knn
-from moco.sources import Arrays, Data, load_data
+import engine.evaluation
+from engine.backbones import create_backbone
+from engine.datasets import ArrayDataset, Splits, load_splits
+from engine.evaluation import KNN, accuracy, format_accuracy, iterate_eval_batches, knn_predict
+from engine.launch import Env
+from moco import MoCo
+
+ENV = Env(torch.device("cpu"))
 
 
 def test_knn_matches_the_formula():
     bank = nn.functional.normalize(torch.randn(50, 8), dim=1)
     queries = nn.functional.normalize(torch.randn(20, 8), dim=1)
     labels = torch.randint(0, 4, (50,))
-    answers = knn(queries, bank, labels, classes=4, ks=[7, 1, 50])
-    for query, found in zip(queries, answers):
-        for k, answer in zip((7, 1, 50), found):
+    predicted = knn_predict(queries, bank, labels, num_classes=4, k_values=[7, 1, 50])
+    for query, of_query in zip(queries, predicted):
+        for k, predicted_class in zip((7, 1, 50), of_query):
             similarity = bank @ query
             votes = [0.0] * 4
             for i in similarity.argsort(descending=True)[:k]:
                 votes[labels[i]] += torch.exp(similarity[i] / 0.07).item()
-            assert answer == max(range(4), key=votes.__getitem__)
+            assert predicted_class == max(range(4), key=votes.__getitem__)
 
 
-class Pixels(nn.Module):
+class PixelEncoder(nn.Module):
     """An encoder whose features are the pixels of a digit."""
 
     num_features = 3 * 16 * 16
 
-    def forward_features(self, x):
+    def forward(self, x):
         return x.flatten(1)
-
-    def forward_head(self, x, pre_logits):
-        return x
 
 
 def test_k_and_bank_follow_the_size_of_the_set():
-    def monitor(n, bank_size):
-        images = Arrays(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), torch.zeros(n))
-        data = Data(images, images, images, 1)
-        return KNN(data, (1, 1), bank_size, 0, torch.device("cpu"))
+    def create_knn(n, bank_size):
+        images = ArrayDataset(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), torch.zeros(n))
+        return KNN(Splits(images, images, images, ["a"]), (1, 1), bank_size, 0, ENV)
 
-    assert monitor(1000, 50_000).k == 20 and len(monitor(1000, 50_000).chosen) == 1000
-    assert monitor(20_000, 50_000).k == 200
-    assert monitor(20_000, 500).k == 20 and len(monitor(20_000, 500).chosen.unique()) == 500
-    assert monitor(5, 10).k == 5
+    assert create_knn(1000, 50_000).k == 20 and len(create_knn(1000, 50_000).bank_indices) == 1000
+    assert create_knn(20_000, 50_000).k == 200 and create_knn(20_000, None).k == 200
+    small = create_knn(20_000, 500)
+    assert small.k == 20 and len(small.bank_indices.unique()) == 500
+    assert create_knn(5, 10).k == 5
 
 
-def test_digits_pixels_are_recognised():
-    monitor = KNN(load_data("digits"), (16, 16), 50_000, 0, torch.device("cpu"))
-    [accuracy] = monitor(Pixels(), contextlib.nullcontext)
-    assert accuracy > 97
+def test_the_pixels_of_digits_are_recognized():
+    knn = KNN(load_splits("digits"), (16, 16), 50_000, 0, ENV)
+    [acc1] = knn(PixelEncoder())
+    assert acc1 > 97
 
 
 def test_the_model_is_left_in_training_mode_and_unchanged():
-    digits = load_data("digits")
-    encoder = create_backbone("resnet18", 16).train()
+    digits = load_splits("digits")
+    model = MoCo(create_backbone("resnet18", 16), dim=8, mlp_dim=16)
+    encoder = model.base_encoder.train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    KNN(digits, (16, 16), 100, 0, torch.device("cpu"))(encoder, contextlib.nullcontext)
+    KNN(digits, (16, 16), 100, 0, ENV)(encoder)
     assert encoder.training
     assert all(torch.equal(v, before[key]) for key, v in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_whole_batches_in_the_order_of_the_data(world_size, monkeypatch):
+    n = 600  # three batches, the last one smaller
+    images = torch.arange(n).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).to(torch.uint8)
+    dataset, indices = ArrayDataset(images), torch.arange(n).flip(0)
+    signal_checks = []
+    monkeypatch.setattr(engine.evaluation, "check_signals", lambda: signal_checks.append(rank))
+    monkeypatch.setattr(engine.evaluation, "world_size", lambda: world_size)
+    batches = {}
+    for rank in range(world_size):
+        monkeypatch.setattr(engine.evaluation, "rank", lambda rank=rank: rank)
+        batches[rank] = [p for p, _ in iterate_eval_batches(dataset, indices, (4, 4), 0, ENV)]
+    in_order = [batches[i % world_size][i // world_size] for i in range(3)]
+    assert [len(batch) for batch in in_order] == [256, 256, 88]
+    assert torch.equal(torch.cat(in_order), torch.arange(n))
+    # A collective: each rank takes part equally often.
+    assert len({signal_checks.count(rank) for rank in range(world_size)}) == 1
+
+
+def test_accuracy_is_that_of_sorted_logits_and_a_diverged_classifier_is_wrong():
+    n = 300
+    labels = torch.randint(0, 10, (n,))
+    images = torch.arange(n).view(-1, 1, 1, 1).expand(-1, 3, 4, 4) % 256
+    dataset = ArrayDataset(images.to(torch.uint8), labels)
+    logits = torch.randn(n, 10)
+    rest = logits.clone()
+
+    def classify(batch):
+        nonlocal rest
+        mine, rest = rest[: len(batch)], rest[len(batch) :]
+        return [mine, torch.full_like(mine, torch.nan)]
+
+    first, diverged = accuracy(classify, 2, dataset, (4, 4), 0, ENV)
+    order = logits.argsort(1, descending=True)
+    assert first[0] == pytest.approx(100 * (order[:, 0] == labels).float().mean().item())
+    top5 = (order[:, :5] == labels[:, None]).any(1).float().mean().item()
+    assert first[1] == pytest.approx(100 * top5) and diverged == (0, 0)
+
+
+def test_scores_of_classes_without_images_are_kept():
+    """A part of the classes is measured among all of them: a wrong one may win."""
+    images = ArrayDataset(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), [0, 1])
+    logits = torch.tensor([[2.0, 1.0, 0.0, 0, 0, 0, 0], [1.0, 2.0, 3.0, 0, 0, 0, 0]])
+    [(acc1, acc5)] = accuracy(lambda x: [logits], 1, images, (4, 4), 0, ENV)
+    assert (acc1, acc5) == (50, 100)
+
+
+def test_top_5_is_told_from_5_classes_on():
+    assert format_accuracy(50, 100, 4) == "top-1 50.00 %"
+    assert format_accuracy(50, 75.125, 5) == "top-1 50.00 %, top-5 75.12 %"

@@ -3,6 +3,7 @@
 import ast
 import json
 import shlex
+import shutil
 import sys
 
 import numpy as np
@@ -10,18 +11,20 @@ import pytest
 import torch
 from conftest import ROOT, launch
 
-from moco import UserError, builder, checkpoint, evaluation
-from moco.augment import normalize
-from moco.sources import load_data
+from engine import checkpoint, evaluation
+from engine.datasets import load_splits
+from engine.errors import UserError
+from engine.weights import create_pretrained_backbone
+from moco.augmentation import normalize
 
 sys.path.insert(0, str(ROOT / "tools"))
 
 import features as tool
 
 
-def run(pretrained, out, *flags, where="digits"):
+def run(pretrained, out, *flags, data="digits"):
     flags = ["--workers", "0", "--device", "cpu", "--amp", "off", *flags]
-    args = [where, "--pretrained", pretrained, "--out", out, *flags]
+    args = [data, "--pretrained", pretrained, "--out", out, *flags]
     tool.main(tool.parse_args([str(arg) for arg in args]))
     return dict(np.load(out)) if out.suffix == ".npz" else np.load(out, mmap_mode="r")
 
@@ -36,117 +39,129 @@ def folders(image_file):
     return path.parents[3]
 
 
+@pytest.fixture
+def batches_of_two(monkeypatch):
+    monkeypatch.setattr(tool, "EVAL_BATCH_SIZE", 2)
+    monkeypatch.setattr(evaluation, "EVAL_BATCH_SIZE", 2)
+
+
 def test_the_file_holds_the_backbones_output(pretrained, tmp_path):
     found = run(pretrained, tmp_path / "f.npz")
     args = tool.parse_args(["digits", "--pretrained", str(pretrained), "--out", "f.npz"])
-    model, _ = checkpoint.create_downstream(args)
-    digits = load_data("digits").train
+    model, _ = create_pretrained_backbone(args)
+    digits = load_splits("digits").train
     with torch.no_grad():
-        h = builder.features(model.eval(), normalize(digits.images.float() / 255))
+        h = model.eval()(normalize(digits.images.float() / 255))
     assert found["features"].dtype == np.float32
     torch.testing.assert_close(torch.tensor(found["features"]), h)
     assert (found["labels"] == digits.labels.numpy()).all()
     assert found["paths"].tolist() == [str(i) for i in range(len(digits))]
-    assert set(found) == {"features", "paths", "labels", "about"}  # digits has no class names
+    assert found["classes"].tolist() == [str(digit) for digit in range(10)]
+    assert set(found) == {"features", "paths", "labels", "classes", "about"}
 
 
 def test_paths_lie_below_the_folder_and_classes_have_names(pretrained, folders, tmp_path):
-    train = run(pretrained, tmp_path / "train.npz", where=folders)
-    val = run(pretrained, tmp_path / "val.npz", "--split", "val", where=folders)
+    train = run(pretrained, tmp_path / "train.npz", data=folders)
+    val = run(pretrained, tmp_path / "val.npz", "--split", "val", data=folders)
     assert len(train["features"]) == 6 and len(val["features"]) == 4
     for found in (train, val):
         assert found["classes"].tolist() == ["cat", "dog"]
         for path, label in zip(found["paths"], found["labels"]):
             assert (folders / path).is_file() and f"/{found['classes'][label]}/" in path
 
-    plain = run(pretrained, tmp_path / "plain.npz", where=folders / "train" / "dog")
+    plain = run(pretrained, tmp_path / "plain.npz", data=folders / "train" / "dog")
     assert set(plain) == {"features", "paths", "about"}
     assert plain["paths"].tolist() == ["deep/0.png", "deep/1.png", "deep/2.png"]
     np.testing.assert_allclose(plain["features"], train["features"][3:], atol=1e-5)
 
 
-def test_what_cant_be_read_is_nan_and_named(pretrained, folders, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tool, "BATCH", 2)
-    monkeypatch.setattr(evaluation, "BATCH", 2)
+@pytest.mark.usefixtures("batches_of_two")
+def test_what_cant_be_read_is_nan_and_named(pretrained, folders, tmp_path, capsys):
     for broken in ("train/cat/deep/0.png", "train/cat/deep/1.png", "train/dog/deep/1.png"):
         (folders / broken).write_bytes(b"text")  # a whole batch, and one of another
-    found = run(pretrained, tmp_path / "f.npz", where=folders)
+    found = run(pretrained, tmp_path / "f.npz", data=folders)
     assert np.isnan(found["features"]).all(1).tolist() == [True, True, False, False, True, False]
     assert np.isfinite(found["features"][[2, 3, 5]]).all()
     assert capsys.readouterr().err.count("unreadable image") == 3
 
 
-def test_npy_is_the_same_to_be_mapped(pretrained, tmp_path):
-    npz, npy = (run(pretrained, tmp_path / f"f.{kind}") for kind in ("npz", "npy"))
+@pytest.mark.usefixtures("batches_of_two")
+def test_npy_is_the_same_to_be_mapped(pretrained, folders, tmp_path):
+    npz, npy = (run(pretrained, tmp_path / f"f.{kind}", data=folders) for kind in ("npz", "npy"))
     assert isinstance(npy, np.memmap) and (npy == npz.pop("features")).all()
     beside = np.load(tmp_path / "f.index.npz")
     assert set(beside) == set(npz) and all((beside[key] == npz[key]).all() for key in npz)
 
 
-def interrupt_after(parts, monkeypatch):
-    """Ctrl-C after so many parts; returns the list of the parts' numbers of images."""
+def interrupt_after(num_parts, monkeypatch):
+    """Ctrl-C after so many parts; returns the numbers of images of the parts that are computed."""
     embed, seen = tool.embed, []
 
     def embed_some(*args):
-        for share, h in embed(*args):
-            if len(seen) == parts:
+        for positions, h in embed(*args):
+            if len(seen) == num_parts:
                 raise KeyboardInterrupt
-            seen.append(len(share))
-            yield share, h
+            seen.append(len(positions))
+            yield positions, h
 
     monkeypatch.setattr(tool, "embed", embed_some)
     return seen
 
 
+@pytest.mark.usefixtures("batches_of_two")
 @pytest.mark.parametrize("kind", ["npz", "npy"])
-def test_an_interrupted_run_continues_to_the_same_bits(pretrained, tmp_path, kind, monkeypatch):
+def test_an_interrupted_run_continues_to_the_same_bits(
+    pretrained, folders, tmp_path, kind, monkeypatch, capsys
+):
     whole, out = tmp_path / f"whole.{kind}", tmp_path / f"parts.{kind}"
-    run(pretrained, whole)
+    run(pretrained, whole, data=folders)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="continues") as stop:
-        interrupt_after(2, patch)
-        run(pretrained, out)
-    assert stop.value.code == 130 and not out.exists()
+        interrupt_after(1, patch)
+        run(pretrained, out, data=folders)
+    assert stop.value.exit_code == 130 and not out.exists()
     (tmp_path / f"parts.{kind}.parts" / "0000002.npy.tmp").write_text("half a part")
 
     seen = interrupt_after(99, monkeypatch)
-    run(pretrained, out)
-    assert seen == [256, 256, 256, 157]  # of 1,437, but for the two batches that were done
+    run(pretrained, out, data=folders)
+    assert seen == [2, 2] and "continuing: 1 of 3 parts are done" in capsys.readouterr().out
     assert out.read_bytes() == whole.read_bytes()
     assert not (tmp_path / f"parts.{kind}.parts").exists()
 
 
-def test_what_is_complete_is_not_computed_again(pretrained, tmp_path, monkeypatch, capsys):
-    run(pretrained, tmp_path / "f.npz")
+def test_what_is_complete_is_not_computed_again(pretrained, folders, tmp_path, monkeypatch, capsys):
+    run(pretrained, tmp_path / "f.npz", data=folders)
     seen = interrupt_after(99, monkeypatch)
-    run(pretrained, tmp_path / "f.npz")
+    run(pretrained, tmp_path / "f.npz", data=folders)
     assert not seen and "nothing left to do" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("complete", [False, True])
-@pytest.mark.parametrize("change", ["weights", "images", "img_size", "split"])
+@pytest.mark.parametrize("change", ["weights", "names", "pixels", "img_size", "split"])
 def test_parts_of_something_else_are_refused(
     pretrained, folders, tmp_path, change, complete, monkeypatch
 ):
     out, flags = tmp_path / "f.npz", []
     with monkeypatch.context() as patch:
         if complete:
-            run(pretrained, out, where=folders)
+            run(pretrained, out, data=folders)
         else:
             interrupt_after(0, patch)
             with pytest.raises(UserError, match="continues"):
-                run(pretrained, out, where=folders)
+                run(pretrained, out, data=folders)
     if change == "weights":
         state = checkpoint.load(pretrained)
         state["state_dict"]["module.base_encoder.norm.bias"] += 0.1
         pretrained = tmp_path / "other.pth"
         torch.save(state, pretrained)
-    elif change == "images":
+    elif change == "names":
         (folders / "train/cat/deep/1.png").rename(folders / "train/cat/deep/7.png")
+    elif change == "pixels":
+        shutil.copy(folders / "train/cat/deep/1.png", folders / "train/cat/deep/0.png")
     else:
         flags = ["--img-size", "32"] if change == "img_size" else ["--split", "val"]
-    what = "names_and_labels" if change == "images" else change
-    with pytest.raises(UserError, match=f"something else .*{what}"):
-        run(pretrained, out, *flags, where=folders)
+    name = "data_digest" if change in ("names", "pixels") else change
+    with pytest.raises(UserError, match=f"something else .*{name}"):
+        run(pretrained, out, *flags, data=folders)
 
 
 def test_two_processes_write_the_same_file(pretrained, tmp_path):
@@ -154,8 +169,8 @@ def test_two_processes_write_the_same_file(pretrained, tmp_path):
     torch.set_num_threads(1)  # as torchrun has it
     run(pretrained, tmp_path / "one.npz")
     torch.set_num_threads(threads)
-    done = launch(2, "tools/features.py", "digits", "--pretrained", pretrained, "--device", "cpu",
-                  "--amp", "off", "--out", tmp_path / "two.npz")  # fmt: skip
+    flags = ["--pretrained", pretrained, "--device", "cpu", "--amp", "off"]
+    done = launch(2, "tools/features.py", "digits", *flags, "--out", tmp_path / "two.npz")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("1,437 × 128 features") == 1
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
@@ -166,7 +181,7 @@ def test_two_processes_write_the_same_file(pretrained, tmp_path):
     "out, flags, line",
     [
         ("f.csv", [], "must end in .npz or .npy"),
-        ("f.npz", ["--img-size", "18"], "multiple of --patch-size"),
+        ("f.npz", ["--img-size", "18"], "is not a multiple of patch_size"),
         ("f.npz", ["--pretrained", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         ("taken.npz", [], "was not written by this tool"),
         ("taken.npz/f.npz", [], "can't write"),
@@ -174,15 +189,15 @@ def test_two_processes_write_the_same_file(pretrained, tmp_path):
 )
 def test_an_error_is_one_line(pretrained, tmp_path, script, out, flags, line):
     (tmp_path / "taken.npz").write_text("mine")
-    code, _, err = script("tools/features.py", "digits", "--pretrained", pretrained,
-                          "--device", "cpu", "--out", tmp_path / out, *flags)  # fmt: skip
+    flags = ["--pretrained", pretrained, "--device", "cpu", *flags]
+    code, _, err = script("tools/features.py", "digits", "--out", tmp_path / out, *flags)
     assert code == 2 and err.count("\n") == 1 and line in err
     assert (tmp_path / "taken.npz").read_text() == "mine"
 
 
 def test_a_split_that_is_missing_is_refused(pretrained, folders, tmp_path):
     with pytest.raises(UserError, match="has no val"):
-        run(pretrained, tmp_path / "f.npz", "--split", "val", where=folders / "train")
+        run(pretrained, tmp_path / "f.npz", "--split", "val", data=folders / "train")
 
 
 @pytest.mark.parametrize("name", ["features", "visualize"])

@@ -1,11 +1,10 @@
-"""What only an NVIDIA GPU can show; skipped without one. The parity of the augmentation on CUDA is
-in test_augment.py."""
+"""What only an NVIDIA GPU can show. test_augmentation.py has the parity of the augmentation."""
 
 import pytest
 import torch
 from conftest import ROOT, launch
 
-from moco.log import read_rows
+from engine.log import read_log
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -20,31 +19,21 @@ def test_vit_base_trains_through_nccl(tmp_path, image_file, amp):
         "--output-dir", tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = read_rows(tmp_path / "run" / "log.jsonl")
-    assert len(rows) == 3
-    assert rows[0]["loss"] == pytest.approx(rows[0]["chance"], rel=0.1)
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    assert len(lines) == 3
+    assert lines[0]["loss"] == pytest.approx(lines[0]["chance"], rel=0.1)
 
 
 def test_digits_recipe_learns(script, tmp_path):
     recipe = f"@{ROOT}/recipes/digits.txt"
     code, _, err = script("main_moco.py", recipe, "--device", "cuda", "--output-dir", tmp_path)
     assert code == 0, err
-    assert [row["knn"] for row in read_rows(tmp_path / "log.jsonl") if "knn" in row][-1] >= 95
+    assert [line["knn"] for line in read_log(tmp_path / "log.jsonl") if "knn" in line][-1] >= 95
 
 
 @pytest.mark.parametrize("name", ["main_lincls.py", "main_finetune.py"])
 def test_probe_and_fine_tuning_run_through_nccl(tmp_path, pretrained, name):
-    argv = [
-        "digits",
-        "--pretrained",
-        pretrained,
-        "-b",
-        256,
-        "--epochs",
-        5,
-        "--output-dir",
-        tmp_path,
-    ]
-    done = launch(1, name, *argv, "--device", "cuda")
+    argv = ["digits", "--pretrained", pretrained, "-b", 256, "--epochs", 5]
+    done = launch(1, name, *argv, "--device", "cuda", "--output-dir", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in read_rows(tmp_path / "log.jsonl") if "acc1" in row][-1] == 25
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl") if "acc1" in line][-1] == 25

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moco.optimizer import LARS, cosine_momentum, create_optimizer, set_lr, warmup_cosine
+from moco.optimizer import LARS, cosine_momentum, create_optimizer, set_lr, warmup_cosine_lr
 
 
 def test_lars_matches_the_formula():
@@ -42,7 +42,7 @@ def test_lars_leaves_a_layer_without_gradient_alone():
     assert (p == 1).all()
 
 
-def test_lars_without_layers_is_sgd():
+def test_lars_without_matrices_is_sgd():
     ours, theirs = (torch.ones(5, requires_grad=True) for _ in range(2))
     optimizers = LARS([ours], lr=0.1, weight_decay=1), torch.optim.SGD([theirs], 0.1, momentum=0.9)
     for _ in range(3):
@@ -68,12 +68,12 @@ def test_adamw_decays_every_trainable_parameter():
 @pytest.mark.parametrize(
     "t, expected", [(0, 0), (20, 0.5), (40, 1), (170, 0.5), (300, 0), (235, (1 - 0.5**0.5) / 2)]
 )
-def test_learning_rate_warms_up_then_follows_a_cosine(t, expected):
-    assert warmup_cosine(t, 300, 40, 1.0) == pytest.approx(expected)
+def test_lr_warms_up_then_follows_a_cosine(t, expected):
+    assert warmup_cosine_lr(t, 300, 40, 1.0) == pytest.approx(expected)
 
 
-def test_learning_rate_without_warmup_starts_at_its_peak():
-    assert warmup_cosine(0, 100, 0, 0.3) == 0.3
+def test_lr_without_warmup_starts_at_its_peak():
+    assert warmup_cosine_lr(0, 100, 0, 0.3) == 0.3
 
 
 @pytest.mark.parametrize("t", [0, 1, 50, 99, 100])
@@ -82,3 +82,8 @@ def test_momentum_follows_the_formula(t):
     assert cosine_momentum(t, 100, 0.99) == pytest.approx(expected)
     assert cosine_momentum(0, 100, 0.99) == pytest.approx(0.99)
     assert cosine_momentum(100, 100, 0.99) == 1
+
+
+def test_an_unknown_optimizer_is_a_value_error():
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd'"):
+        create_optimizer("sgd", torch.nn.Linear(2, 2), lr=0.1, wd=0)

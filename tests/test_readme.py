@@ -1,4 +1,4 @@
-"""Every command that README and the scripts' own headers show is one that the scripts take."""
+"""README, CONTRIBUTING and docs/: each command is accepted, each link and file name is right."""
 
 import ast
 import re
@@ -18,21 +18,34 @@ import convert
 import features
 import visualize
 
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
 SCRIPTS = {module.__name__: module for module in (main_moco, main_lincls, main_finetune)}
 SCRIPTS |= {f"tools/{module.__name__}": module for module in (convert, features, visualize)}
 
+# Flags of other programs, and of the official release, which docs/official.md translates.
+OTHER_FLAGS = {
+    *("--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts"),
+    *("--shutdown-timeout", "--kill-on-bad-exit", "--shm-size", "--check"),
+    *("--multiprocessing-distributed", "--world-size", "--rank", "--dist-url", "--dist-backend"),
+    *("--gpu", "--start-epoch"),
+}
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
 
 def commands():
-    """(script, its arguments) of each line that calls one."""
-    text = (ROOT / "README.md").read_text()
-    for name in SCRIPTS:
-        text += "\n" + ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text()))
+    """(script, its arguments) of each indented line that calls one."""
+    texts = [read(path) for path in DOCUMENTS]
+    texts += [ast.get_docstring(ast.parse(read(ROOT / f"{name}.py"))) for name in SCRIPTS]
     for recipe in (ROOT / "recipes").glob("*"):
-        text += "\n" + re.sub(r"^# ?", "", recipe.read_text(), flags=re.MULTILINE)
-    for line in text.replace("\\\n", " ").splitlines():
-        found = re.search(r"(?:python|torchrun|sbatch)\b.*\b(main_\w+|tools/\w+)\.py\s(.*)", line)
-        if found and line.startswith(" "):
-            yield found[1], found[2]
+        texts.append(re.sub(r"^# ?", "", read(recipe), flags=re.MULTILINE))
+    for line in "\n".join(texts).replace("\\\n", " ").splitlines():
+        match = re.search(r"(?:python|torchrun|sbatch)\b.*\b(main_\w+|tools/\w+)\.py\s(.*)", line)
+        if match and line.startswith(" "):
+            yield match[1], match[2]
 
 
 @pytest.mark.parametrize("name, words", sorted(set(commands())))
@@ -42,4 +55,87 @@ def test_the_command_is_understood(name, words, monkeypatch):
 
 
 def test_commands_are_found():
-    assert len(set(commands())) > 40
+    assert len(set(commands())) > 50
+
+
+def test_the_readme_is_short():
+    assert len(read(ROOT / "README.md").splitlines()) <= 200
+
+
+def anchors(path):
+    """Those of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", read(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", read(document))
+    links = [markdown or html for markdown, html in links]
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (document.parent / target).resolve() if target else document
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path), link
+
+
+def test_every_page_is_linked_from_the_readme():
+    for document in DOCUMENTS[1:]:
+        assert f"({document.relative_to(ROOT)})" in read(ROOT / "README.md")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_files_exist(document):
+    folders = "engine|moco|tests|docs|tools|recipes|benchmarks"
+    names = re.findall(rf"(?<![\w/])(?:(?:{folders})/[\w/.-]*\w|main_\w+\.py)", read(document))
+    for name in names:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_file_tree_is_complete():
+    [tree] = re.findall(r"^```\n(main_moco\.py.*?)^```$", read(ROOT / "README.md"), re.M | re.S)
+    names, folder = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if name.endswith("/"):
+            folder = name
+        elif line.startswith(" "):
+            name = folder + name
+        names.add(name)
+    for name in names:
+        assert (ROOT / name).exists(), name
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("moco/[!_]*.py"), *ROOT.glob("engine/[!_]*.py")]
+    assert {str(path.relative_to(ROOT)) for path in sources} <= names
+
+
+def known_flags(capsys):
+    """Flags that the scripts' --help lists."""
+    for name, module in SCRIPTS.items():
+        for picture in ("attention", "neighbours", "curves") if "visualize" in name else (None,):
+            with pytest.raises(SystemExit):
+                module.parse_args([picture, "--help"] if picture else ["--help"])
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out))
+
+
+def test_flags_in_the_text_exist(capsys):
+    known = known_flags(capsys) | OTHER_FLAGS
+    for document in DOCUMENTS:
+        text = re.sub(r"`(?:python )?benchmarks/[^`]*`", "", read(document))  # see below
+        unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known
+        assert not unknown, f"{document.name}: {unknown}"
+
+
+def test_flags_of_benchmarks_exist():
+    """They, and what --levers names, occur in the source of the benchmark."""
+    report = read(ROOT / "benchmarks" / "report.py")
+    for script, flags in re.findall(
+        r"`(benchmarks/\w+\.py)([^`]*)`", read(ROOT / "docs" / "speed.md")
+    ):
+        words = re.findall(r"--[\w-]+", flags)
+        levers = re.search(r"--levers ([a-z_ ]+)", flags)
+        if levers:
+            words += levers[1].split()
+        for word in words:
+            assert word in read(ROOT / script) + report, f"{script}: {word}"

@@ -1,4 +1,4 @@
-"""The recipes against the published tables, row by row."""
+"""The recipes have the numbers of the published tables."""
 
 import pytest
 from conftest import ROOT
@@ -6,8 +6,8 @@ from conftest import ROOT
 import main_finetune
 import main_lincls
 import main_moco
-from moco.backbones import create_backbone
-from moco.sources import NAMES
+from engine.backbones import create_backbone
+from engine.datasets import NAMED_SETS
 
 COLUMNS = "arch epochs optimizer lr wd moco_m moco_t warmup_epochs crop_min stop_grad clip".split()
 ROWS = {
@@ -29,8 +29,8 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_recipe_has_the_published_numbers(name):
     args = main_moco.parse_args([f"@{ROOT}/recipes/{name}.txt", "DIR"])
-    found = vars(args) | {"stop_grad": args.stop_grad_conv1, "clip": args.clip_grad}
-    assert tuple(found[column] for column in COLUMNS) == ROWS[name]
+    values = vars(args) | {"stop_grad": args.stop_grad_conv1, "clip": args.clip_grad}
+    assert tuple(values[column] for column in COLUMNS) == ROWS[name]
     assert (args.batch_size, args.moco_m_cos, args.img_size) == (4096, True, (224, 224))
     assert (args.moco_dim, args.moco_mlp_dim) == (256, 4096)
     assert args.data == "DIR" and args.output_dir == f"runs/{name}"
@@ -42,18 +42,18 @@ PROBES = {"lincls_resnet50": 0.4, "lincls_vit_small": 12, "lincls_vit_base": 12}
 @pytest.mark.parametrize("name", PROBES)
 def test_probe_has_the_published_numbers(name):
     args = main_lincls.parse_args([f"@{ROOT}/recipes/{name}.txt", "DIR", "--pretrained", "x"])
-    [rate] = main_lincls.rates(args, epoch=0)
-    assert rate == pytest.approx(PROBES[name])
+    [lr] = main_lincls.epoch_lrs(args, epoch=0)
+    assert lr == pytest.approx(PROBES[name])
     assert (args.epochs, args.batch_size, args.crop_min, args.batchnorm) == (90, 1024, 0.08, False)
 
 
-# Of all: RandAugment 9 of deviation .5, increasing, crop-min .08, smoothing .1, rate down to 1e-5.
-TUNING = (
+# The same in all: RandAugment 9 with std .5, increasing; crop-min .08, smoothing .1, min-lr 1e-5.
+FINETUNING = (
     "epochs batch_size effective wd clip_grad warmup_epochs warmup_lr lr_per drop_path reprob "
     "mixup cutmix repeated_aug ema evaluate_ema amp"
 ).split()
 DEIT = (0.05, None, 5, 1e-6, "epoch")
-TUNED = {
+FINETUNED = {
     "vit_small_deit": (300, 1024, 1e-3, *DEIT, 0.1, 0.25, 0.8, 1, 3, 0.99996, False, "auto"),
     "vit_base_150_deit": (150, 1024, 1e-3, *DEIT, 0.1, 0.25, 0.8, 1, 3, 0.99996, False, "auto"),
     "vit_large_100_deit": (100, 1024, 1e-3, *DEIT, 0.5, 0.25, 0.8, 1, 3, 0.99996, False, "auto"),
@@ -79,13 +79,13 @@ TUNED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TUNED)
-def test_tuning_has_the_published_numbers(name):
-    named = name.split("_")[-1] in NAMES
+@pytest.mark.parametrize("name", FINETUNED)
+def test_fine_tuning_has_the_published_numbers(name):
+    named = name.split("_")[-1] in NAMED_SETS
     argv = [f"@{ROOT}/recipes/finetune_{name}.txt", *([] if named else ["DIR"])]
     args = main_finetune.parse_args([*argv, "--pretrained", "x"])
-    found = vars(args) | {"effective": pytest.approx(args.lr * args.batch_size / 256)}
-    assert tuple(found[key] for key in TUNING) == TUNED[name]
+    values = vars(args) | {"effective": pytest.approx(args.lr * args.batch_size / 256)}
+    assert tuple(values[key] for key in FINETUNING) == FINETUNED[name]
     assert (args.aa, args.crop_min, args.smoothing, args.min_lr, args.layer_decay) == (
         "rand-m9-mstd0.5-inc1", 0.08, 0.1, 1e-5, None,
     )  # fmt: skip
@@ -94,8 +94,8 @@ def test_tuning_has_the_published_numbers(name):
 
 def test_every_recipe_is_in_a_table_and_later_flags_win():
     files = {path.stem for path in (ROOT / "recipes").glob("*.txt")}
-    tuned = {f"finetune_{name}" for name in TUNED}
-    assert files == {*ROWS, *PROBES, *tuned, "digits", "lincls_digits", "finetune_digits"}
+    finetuned = {f"finetune_{name}" for name in FINETUNED}
+    assert files == {*ROWS, *PROBES, *finetuned, "digits", "lincls_digits", "finetune_digits"}
     args = main_moco.parse_args([f"@{ROOT}/recipes/digits.txt", "--epochs", "9"])
     assert args.data == "digits" and args.epochs == 9
     create_backbone(args.arch, args.img_size, args.patch_size, args.stop_grad_conv1)

@@ -1,4 +1,4 @@
-"""recipes/slurm.sh: checked as a script, and run where srun and scontrol are two stand-ins."""
+"""recipes/slurm.sh: checked as a script, and run with two stand-ins for srun and scontrol."""
 
 import os
 import random
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY
 
-from moco.log import read_rows
+from engine.log import read_log
 
 SCRIPT = ROOT / "recipes" / "slurm.sh"
 # srun of two nodes: what follows its own flag, twice, side by side, and the worse exit code.
@@ -60,14 +60,14 @@ def test_two_nodes_train_together(tmp_path):
     said, errors = job.communicate(timeout=300)
     assert job.returncode == 0, errors
     assert "2 node(s): localhost localhost" in said and "2 process(es)" in said
-    assert len([row for row in read_rows(run / "log.jsonl") if "loss" in row]) == 5
+    assert len([line for line in read_log(run / "log.jsonl") if "loss" in line]) == 5
 
 
 def test_a_job_whose_time_is_over_is_saved_and_queued_again(tmp_path):
     run = tmp_path / "run"
     argv = ("main_moco.py", *TINY, "--batch-size", 32, "--output-dir", run, "--resume", "auto")
     job = sbatch(tmp_path, *argv, nodes=1)
-    while not read_rows(run / "log.jsonl")[3:]:
+    while not read_log(run / "log.jsonl")[3:]:
         assert job.poll() is None, job.communicate()
         time.sleep(0.1)
     job.send_signal(signal.SIGUSR1)

@@ -1,28 +1,31 @@
 """The pictures: what they show against the formulas, and that nothing in them is cut."""
 
 import json
+import os
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import ROOT
 from matplotlib.text import Text
+from PIL import Image
 from timm.layers import set_fused_attn
 
-from moco import UserError
-from moco.augment import normalize
-from moco.backbones import create_backbone
-from moco.builder import features
-from moco.log import distinct_names
-from moco.sources import load_data
+from engine.backbones import create_backbone
+from engine.datasets import load_splits
+from engine.errors import UserError
+from engine.plots import distinct_names
+from engine.weights import create_pretrained_backbone
+from moco.augmentation import normalize
 
 sys.path.insert(0, str(ROOT / "tools"))
 
 import visualize
 
 
-def draw(picture, pretrained, out, *flags, where="digits"):
-    """Draws it; → what visualize.draw_… was given, and the figure."""
+def draw(picture, pretrained, out, *flags, data="digits"):
+    """Draws it → what visualize.draw_… was given, and the figure."""
     name, calls = f"draw_{picture}", []
     drawer = getattr(visualize, name)
 
@@ -31,7 +34,7 @@ def draw(picture, pretrained, out, *flags, where="digits"):
         return calls[-1][1]
 
     flags = ["--workers", "0", "--device", "cpu", "--amp", "off", "--out", out, *flags]
-    args = [picture, where, "--pretrained", pretrained, *flags]
+    args = [picture, data, "--pretrained", pretrained, *flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visualize, name, remember)
         visualize.main(visualize.parse_args([str(arg) for arg in args]))
@@ -82,87 +85,254 @@ def test_attention_is_the_softmax_of_the_last_block():
 
 
 def test_attention_is_drawn_of_each_head(pretrained, tmp_path, photographs):
-    (_, maps, words), figure = draw("attention", pretrained, tmp_path / "a.png", "--images", "10")
-    assert maps.shape == (10, 4, 4, 4) and words == [str(i) for i in range(10)]
+    (_, maps, captions, _), figure = draw(
+        "attention", pretrained, tmp_path / "a.png", "--images", "10"
+    )
+    assert maps.shape == (10, 4, 2, 2) and captions == [str(i) for i in range(10)]
     assert len(figure.axes) == 10 * 5
     assert_readable(figure)
 
     flags = ["--img-size", "16", "32"]
-    (images, maps, words), figure = draw(
-        "attention", pretrained, tmp_path / "b.png", *flags, where=photographs
+    (images, maps, captions, _), figure = draw(
+        "attention", pretrained, tmp_path / "b.png", *flags, data=photographs
     )
     assert images.shape == (6, 3, 16, 32) and maps.shape == (6, 4, 4, 8)
-    assert words == ["dog", "dog", "n01440764", "n01440764", "www…wwwwww", "www…wwwwww"]
+    assert captions == ["dog", "dog", "n01440764", "n01440764", "www…wwwwww", "www…wwwwww"]
     assert_readable(figure)
+
+
+@pytest.fixture
+def odd_names(image_file):
+    """Images whose names would be formulas, aren't Unicode, or aren't in the font."""
+    names = [b"a$b$c", b"$x^{_$", b"caf\xe9", "猫".encode(), b"new\nline", "é".encode()]
+    folder = image_file("odd/plain.png").parent
+    for name in names:
+        (folder / os.fsdecode(name + b".png")).write_bytes((folder / "plain.png").read_bytes())
+    return folder
+
+
+@pytest.mark.filterwarnings("error")  # of glyphs that the font lacks
+def test_names_are_drawn_literally(pretrained, tmp_path, odd_names):
+    flags = ["--images", "7", "--img-size", "16"]
+    (_, _, captions, _), figure = draw(
+        "attention", pretrained, tmp_path / "a.png", *flags, data=odd_names
+    )
+    odd = ["a$b$c", "$x^{_$", r"caf\udce9", r"\u732b", r"new\nline", "é", "plain"]
+    assert sorted(captions) == sorted(odd)
+    assert_readable(figure)
+    labels = [axes.xaxis.label for axes in figure.axes[::5]]
+    assert not any(label.get_parse_math() for label in labels)
+
+
+def test_runs_are_named_literally(tmp_path, script):
+    runs = [tmp_path / name for name in ("$y^{$", "_x$a$")]
+    for run in runs:
+        run.mkdir()
+        (run / "log.jsonl").write_text('{"epoch": 1, "step": 1, "loss": 5}\n')
+    code, _, err = script("tools/visualize.py", "curves", *runs, "--out", tmp_path / "c.png")
+    assert (code, err) == (0, "")
 
 
 def test_neighbours_are_the_nearest_by_cosine(pretrained, tmp_path):
-    (queries, found, similarity, same, words, others), figure = draw(
+    (queries, found, similarity, same_class, captions, found_captions, _), figure = draw(
         "neighbours", pretrained, tmp_path / "n.png", "--images", "10", "-k", "3"
     )
     assert_readable(figure)
-    assert words == [str(i) for i in range(10)]  # one of each class
+    assert captions == [str(i) for i in range(10)]  # one of each class
 
     args = visualize.parse_args(["neighbours", "digits", "--pretrained", str(pretrained)])
-    model, _ = visualize.load_model(args, torch.device("cpu"))
-    digits = load_data("digits")
+    model, _ = create_pretrained_backbone(args)
+    digits = load_splits("digits")
     bank = normalize(digits.train.images.float() / 255)
     with torch.no_grad():
-        h, keys = features(model, queries), features(model, bank)
-    expected = torch.nn.functional.cosine_similarity(h[:, None], keys, dim=-1)
+        h, bank_h = model.eval()(queries), model(bank)
+    expected = torch.nn.functional.cosine_similarity(h[:, None], bank_h, dim=-1)
     values, nearest = expected.sort(descending=True)
     torch.testing.assert_close(similarity, values[:, :3])
     assert torch.equal(found, bank[nearest[:, :3]])
     labels = digits.train.labels[nearest[:, :3]]
-    assert torch.equal(same, labels == torch.arange(10)[:, None])
-    assert others == [str(int(label)) for label in labels.flatten()]
+    assert torch.equal(same_class, labels == torch.arange(10)[:, None])
+    assert found_captions == [str(int(label)) for label in labels.flatten()]
 
 
-def test_without_val_an_image_is_no_neighbour_of_its_own(pretrained, tmp_path, photographs):
-    where = photographs / "train" / "dog"
-    for i, path in enumerate(sorted(where.glob("*"))):
-        path.rename(where / f"{i}.png")
-    (_, found, _, same, words, others), figure = draw(
-        "neighbours", pretrained, tmp_path / "n.png", where=where
+@pytest.fixture
+def dogs(photographs):
+    """A folder of four images without labels: 0.png to 3.png, all of other pixels."""
+    folder = photographs / "train" / "dog"
+    for i, path in enumerate(sorted(folder.glob("*"))):
+        with Image.open(path) as image:
+            image.rotate(90 * i).save(folder / f"{i}.png")
+        path.unlink()
+    return folder
+
+
+def test_without_val_an_image_is_no_neighbour_of_its_own(pretrained, tmp_path, dogs):
+    (_, found, _, same_class, captions, found_captions, _), figure = draw(
+        "neighbours", pretrained, tmp_path / "n.png", data=dogs
     )
-    assert found.shape[:2] == (4, 3) and same is False  # the other three; there are no labels
-    for query, name in enumerate(words):
-        assert sorted([name, *others[3 * query : 3 * query + 3]]) == ["0", "1", "2", "3"]
+    assert found.shape[:2] == (4, 3) and same_class is None  # the other three; without labels
+    for i, name in enumerate(captions):
+        assert sorted([name, *found_captions[3 * i : 3 * i + 3]]) == ["0", "1", "2", "3"]
     assert_readable(figure)
 
 
+def test_unreadable_images_leave_the_others_their_names(pretrained, tmp_path, dogs, capsys):
+    (_, _, similarity, _, captions, found_captions, _), _ = draw(
+        "neighbours", pretrained, tmp_path / "n.png", data=dogs
+    )
+    pairs = {(captions[i // 3], found_captions[i]): similarity.flatten()[i] for i in range(12)}
+    (dogs / "1.png").write_text("broken")
+    (_, _, similarity, _, captions, found_captions, _), _ = draw(
+        "neighbours", pretrained, tmp_path / "n.png", data=dogs
+    )
+    assert captions == ["0", "2", "3"] and "1.png" in capsys.readouterr().err
+    for i, name in enumerate(found_captions):
+        torch.testing.assert_close(similarity.flatten()[i], pairs[captions[i // 2], name])
+
+
 def test_a_single_image_has_no_neighbours(pretrained, tmp_path, image_file):
+    folder = image_file("one/1.png").parent
     with pytest.raises(UserError, match="a single image has no neighbours"):
-        draw("neighbours", pretrained, tmp_path / "n.png", where=image_file("one/1.png").parent)
+        draw("neighbours", pretrained, tmp_path / "n.png", data=folder)
+    (folder / "1.png").write_text("broken")
+    for picture in ("attention", "neighbours"):
+        with pytest.raises(UserError, match="none of the images can be read"):
+            draw(picture, pretrained, tmp_path / "n.png", data=folder)
 
 
 def test_captions_of_neighbours_fit(pretrained, tmp_path, photographs):
     for k in (1, 8):
         flags = ["-k", k, "--images", "3", "--knn-bank", "9"]
-        _, figure = draw("neighbours", pretrained, tmp_path / "n.png", *flags, where=photographs)
+        _, figure = draw("neighbours", pretrained, tmp_path / "n.png", *flags, data=photographs)
         assert_readable(figure)
 
 
-def test_attention_of_a_resnet_is_refused(tmp_path):
-    state = create_backbone("resnet18", 16).state_dict()
+def skip_unless_known(name):
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+
+
+def save_backbone(path, arch, size, **kwargs):
+    state = create_backbone(arch, size, **kwargs).state_dict()
     state = {f"module.base_encoder.{key}": value for key, value in state.items()}
-    torch.save(dict(arch="resnet18", img_size=(16, 16), state_dict=state), tmp_path / "r.pth")
-    with pytest.raises(UserError, match="resnet18 has no attention"):
-        draw("attention", tmp_path / "r.pth", tmp_path / "a.png")
-    draw("neighbours", tmp_path / "r.pth", tmp_path / "n.png", "--images", "2", "--knn-bank", "20")
+    torch.save(dict(arch=arch, img_size=(size, size), **kwargs, state_dict=state), path)
+    return path
+
+
+def token_that_sees(model, image, row, column):
+    """Of the tokens that enter the first block the one that a patch of the image makes."""
+    tokens, (grid_h, grid_w) = [], model.patch_embed.grid_size
+    h, w = image.shape[1] // grid_h, image.shape[2] // grid_w
+    changed = image.clone()
+    changed[:, row * h : (row + 1) * h, column * w : (column + 1) * w] += 1
+    hook = model.blocks[0].register_forward_pre_hook(lambda block, args: tokens.append(args[0]))
+    model(torch.stack([image, changed]))
+    hook.remove()
+    return int((tokens[0][0] - tokens[0][1]).abs().sum(-1).argmax())
+
+
+WITH_CLASS_TOKEN = [
+    "test_vit",
+    "vit_tiny_patch16_224",
+    "vit_small_patch14_reg4_dinov2",  # with four registers
+    pytest.param("vit_small_patch16_rope_224", marks=pytest.mark.slow),
+    pytest.param("vit_tiny_r_s16_p8_224", marks=pytest.mark.slow),  # with a convolutional stem
+    pytest.param("vit_xsmall_patch16_clip_224", marks=pytest.mark.slow),
+    pytest.param("deit3_small_patch16_224", marks=pytest.mark.slow),
+    pytest.param("flexivit_small", marks=pytest.mark.slow),
+    pytest.param("eva02_base_patch16_clip_224", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name", WITH_CLASS_TOKEN)
+def test_attention_is_that_of_the_class_token_to_the_patches(name):
+    skip_unless_known(name)
+    size = timm.get_pretrained_cfg(name).input_size[1]
+    size = 56 if size > 500 else size
+    set_fused_attn(False)
+    model = create_backbone(f"timm/{name}", size).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.add_(0.02 * torch.randn_like(p))
+    visualize.check_class_token(model, name)
+    image, weights, outputs = torch.randn(3, size, size), [], []
+
+    def keep_output(block, args, output):
+        outputs.append(output.requires_grad_())
+        return output
+
+    attn_drop = model.blocks[-1].attn.attn_drop
+    attn_drop.register_forward_hook(lambda module, args, output: weights.append(output))
+    hook = model.blocks[-1].register_forward_hook(keep_output)
+    features = model(image[None])
+    (features * torch.randn_like(features)).sum().backward()
+    hook.remove()
+    used = outputs[0].grad[0].abs().sum(-1).nonzero().flatten()
+    assert used.tolist() == [0]  # the first token alone makes the features
+
+    maps = visualize.class_attention(model, image[None])
+    height, width = maps.shape[2:]
+    assert (height, width) == tuple(model.patch_embed.grid_size)
+    row, column = height // 2, width // 3
+    seen = weights[0][:, :, 0, token_that_sees(model, image, row, column)]
+    torch.testing.assert_close(maps[:, :, row, column], seen)
+
+
+WITHOUT = [
+    ("resnet18", 16, "resnet18 has no class token: attention is drawn for ViTs that have one"),
+    ("timm/test_vit2", 32, "has no class token"),  # the mean over patches
+    ("timm/test_vit3", 32, "has no class token"),  # attention pooling
+    ("timm/test_vit4", 32, "has no class token"),  # registers alone
+    ("timm/vit_relpos_small_patch16_224", 32, "has no class token"),
+    ("timm/swin_tiny_patch4_window7_224", 224, "has no class token"),  # windows
+    ("timm/hiera_tiny_224", 224, "has no class token"),
+    ("timm/xcit_nano_12_p16_224", 32, "has no attention to draw"),  # between channels
+    ("timm/cait_xxs24_224", 32, "has no attention to draw"),  # the class token comes last
+    ("timm/pit_ti_224", 224, "has no attention to draw"),
+    ("timm/tnt_s_legacy_patch16_224", 224, "has no attention to draw"),
+    ("timm/vit_small_patch16_dinov3", 32, "are its patches, pooled .avg., not its class token"),
+    ("timm/beit_base_patch16_224", 224, "are its patches, pooled .avg., not its class token"),
+    ("timm/eva02_tiny_patch14_224", 28, "are its patches, pooled .avg., not its class token"),
+]
+FAST = (
+    "resnet18",
+    "timm/test_vit2",
+    "timm/test_vit4",
+    "timm/xcit_nano_12_p16_224",
+    "timm/eva02_tiny_patch14_224",
+)
+
+
+@pytest.mark.parametrize(
+    "arch, size, message",
+    [
+        pytest.param(*case, marks=[] if case[0] in FAST else pytest.mark.slow, id=case[0])
+        for case in WITHOUT
+    ],
+)
+def test_attention_without_a_class_token_is_refused(tmp_path, arch, size, message):
+    if arch.startswith("timm/"):
+        skip_unless_known(arch.removeprefix("timm/"))
+    path = save_backbone(tmp_path / "b.pth", arch, size)
+    with pytest.raises(UserError, match=message):
+        draw("attention", path, tmp_path / "a.png")
+
+
+def test_neighbours_are_drawn_of_any_backbone(tmp_path):
+    path = save_backbone(tmp_path / "r.pth", "resnet18", 16, in_chans=1)
+    draw("neighbours", path, tmp_path / "n.png", "--images", "2", "--knn-bank", "20")
 
 
 def test_curves_of_several_runs_are_overlaid(tmp_path, script):
     runs = [tmp_path / f"a_run_with_a_rather_long_name_{i}" for i in range(5)]
     for i, run in enumerate(runs):
         run.mkdir()
-        rows = [{"epoch": e, "step": e, "loss": 5 - e + i, "chance": 6, "acc1 lr 1": 50 + i,
-                 "acc1 lr 3": 60 + i} for e in range(4)]  # fmt: skip
-        (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        acc1 = {"acc1 lr 1": 50 + i, "acc1 lr 3": 60 + i}
+        lines = [dict(epoch=e, step=e, loss=5 - e + i, chance=6, **acc1) for e in range(4)]
+        (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for chosen in (runs[:1], runs):
         out = tmp_path / "new" / f"{len(chosen)}.png"
-        code, said, _ = script("tools/visualize.py", "curves", *chosen, "--out", out)
-        assert code == 0 and said.strip() == str(out)
+        code, printed, _ = script("tools/visualize.py", "curves", *chosen, "--out", out)
+        assert code == 0 and printed.strip() == str(out)
         assert out.read_bytes().startswith(b"\x89PNG")
 
 

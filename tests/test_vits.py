@@ -1,30 +1,31 @@
-"""The backbones against FACTS of the paper: position table, initialisation, sizes, refusals."""
+"""The backbones and the facts of the paper: position embedding, initialization, sizes, errors."""
 
 import math
 
 import pytest
 import torch
 
-from moco import UserError
-from moco.backbones import create_backbone
-from moco.builder import MoCo, features
+import vits
+from engine.backbones import create_backbone
+from engine.errors import UserError
+from moco import MoCo
 from vits import sincos_position_embedding
 
 
-@pytest.mark.parametrize("rows, columns, dim", [(14, 14, 384), (3, 5, 32)])
-def test_sincos_table_matches_the_formula(rows, columns, dim):
-    table = sincos_position_embedding(rows, columns, dim)
-    assert table.shape == (1, 1 + rows * columns, dim)
-    assert (table[0, 0] == 0).all()
+@pytest.mark.parametrize("grid_h, grid_w, dim", [(14, 14, 384), (3, 5, 32)])
+def test_sincos_position_embedding_matches_the_formula(grid_h, grid_w, dim):
+    embedding = sincos_position_embedding(grid_h, grid_w, dim)
+    assert embedding.shape == (1, 1 + grid_h * grid_w, dim)
+    assert (embedding[0, 0] == 0).all()
     quarter = dim // 4
-    for r in range(rows):
-        for c in range(columns):
-            cell = table[0, 1 + r * columns + c]
+    for r in range(grid_h):
+        for c in range(grid_w):
+            cell = embedding[0, 1 + r * grid_w + c]
             for i in range(quarter):
                 omega = 10000 ** (-i / quarter)
                 expected = [f(p * omega) for p in (r, c) for f in (math.sin, math.cos)]
-                found = [cell[block * quarter + i].item() for block in range(4)]
-                assert found == pytest.approx(expected, abs=1e-6)
+                values = [cell[block * quarter + i].item() for block in range(4)]
+                assert values == pytest.approx(expected, abs=1e-6)
 
 
 def test_init_is_within_its_bounds_and_fills_them():
@@ -56,7 +57,8 @@ def test_init_is_within_its_bounds_and_fills_them():
     ],
 )
 def test_parameter_counts_of_the_whole_model(arch, expected):
-    model = MoCo(create_backbone(arch))
+    with torch.device("meta"):  # shapes without values
+        model = MoCo(create_backbone(arch))
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
@@ -71,7 +73,8 @@ def test_parameter_counts_of_the_whole_model(arch, expected):
     ],
 )
 def test_heads_and_patches(arch, heads, patch):
-    vit = create_backbone(arch)
+    with torch.device("meta"):
+        vit = create_backbone(arch)
     assert vit.blocks[0].attn.num_heads == heads
     assert vit.patch_embed.patch_size == (patch, patch)
 
@@ -90,7 +93,7 @@ def test_heads_and_patches(arch, heads, patch):
 def test_any_size_gives_features(arch, size, patch, shape):
     backbone = create_backbone(arch, size, patch).eval()
     height, width = (size, size) if isinstance(size, int) else size
-    assert features(backbone, torch.rand(2, 3, height, width)).shape == shape
+    assert backbone(torch.rand(2, 3, height, width)).shape == shape
     assert backbone.num_features == shape[1]
 
 
@@ -101,9 +104,10 @@ def test_stop_grad_conv1_fixes_the_patch_projection_alone():
 
 
 def test_conv_stem_has_the_published_keys_and_one_block_less():
-    vit = create_backbone("vit_conv_small")
-    found = {int(key.split(".")[2]) for key in vit.state_dict() if key.startswith("patch_embed")}
-    assert found == {0, 1, 3, 4, 6, 7, 9, 10, 12}
+    with torch.device("meta"):
+        vit = create_backbone("vit_conv_small")
+    layers = {int(key.split(".")[2]) for key in vit.state_dict() if key.startswith("patch_embed")}
+    assert layers == {0, 1, 3, 4, 6, 7, 9, 10, 12}
     assert len(vit.blocks) == 11
     assert vit.patch_embed.proj[0].bias is None and vit.patch_embed.proj[12].bias is not None
 
@@ -120,10 +124,33 @@ def test_resnet_residual_branches_start_at_zero():
         (dict(arch="resnet50", stop_grad_conv1=True), "--stop-grad-conv1 is for ViTs"),
         (dict(arch="vit_conv_small", stop_grad_conv1=True), "no patch projection"),
         (dict(arch="resnet50", patch_size=8), "--patch-size is for ViTs"),
-        (dict(arch="vit_conv_base", patch_size=12), "--patch-size 2, 4, 8, 16 or 32"),
-        (dict(arch="vit_base", img_size=100), "100×100 can't be cut into patches of 16×16"),
+        (dict(arch="vit_conv_base", patch_size=12), "patch_size 2, 4, 8, 16 or 32"),
+        (
+            dict(arch="vit_base", img_size=100),
+            "img_size 100×100 is not a multiple of patch_size 16×16",
+        ),
     ],
 )
-def test_what_a_flag_cannot_act_on_is_refused(kwargs, words):
+def test_a_flag_that_cannot_act_is_refused(kwargs, words):
     with pytest.raises(UserError, match=words):
         create_backbone(**kwargs)
+
+
+@pytest.mark.parametrize("name", vits.VITS)
+def test_each_vit_is_a_function_that_takes_the_arguments_of_its_class(name):
+    size = 28 if name == "vit_huge" else 32
+    with torch.device("meta"):
+        vit = getattr(vits, name)(img_size=size, num_classes=0, in_chans=1, depth=2)
+        assert len(vit.blocks) == 2
+        assert vit(torch.rand(2, 1, size, size)).shape == (2, vits.VITS[name]["embed_dim"])
+        assert getattr(vits, name)(img_size=size, depth=1).head.out_features == 1000
+
+
+def test_the_classes_raise_value_errors_in_terms_of_their_parameters():
+    for kwargs, words in (
+        (dict(img_size=100), "img_size 100×100 is not a multiple of patch_size 16×16"),
+        (dict(conv_stem=True, stop_grad_conv1=True), "stop_grad_conv1 has no patch projection"),
+        (dict(conv_stem=True, patch_size=12), "patch_size 2, 4, 8, 16 or 32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            vits.VisionTransformer(**kwargs)

@@ -8,17 +8,16 @@ A state_dict for torchvision; MMSelfSup's weights for main_lincls.py and main_fi
 A linear probe's backbone and classifier:
     python tools/convert.py linear_lr3.pth vit_small_classifier --to timm --with-heads
 
-IN is a .pth, a .safetensors or a folder of timm's, and is recognised by its keys: MoCo v3 (ours or
-the official release's, pre-training or with a classifier), MMSelfSup and MMPretrain 1.x (ViT and
-ResNet, as published: weights and plain metadata), timm, DeiT, torchvision. OUT is the backbone,
-whose output is the class token or the pooled last stage; of fine-tuning with --ema it takes the
-weights, not their average. A ViT-S of 6 heads becomes our timm/vit_small_patch16_224.
+IN is a .pth, a .safetensors or a folder of timm's. The names of its weights tell what it is: MoCo
+v3 (ours or the official release's, from pre-training or with a classifier), MMSelfSup and
+MMPretrain 1.x (ViT and ResNet, as published: weights and plain metadata), timm, DeiT, torchvision.
+OUT is the backbone, whose output is the class token or the pooled last stage; of fine-tuning with
+--ema it takes the weights, not their average. A ViT-S of 6 heads becomes our
+timm/vit_small_patch16_224.
 """
 
 import json
-import math
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -26,30 +25,19 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moco import UserError, checkpoint, cli, reason
-from moco.backbones import RESNETS, create_backbone
-from vits import VITS, pair, size_text
+from engine import cli
+from engine.backbones import RESNETS
+from engine.errors import UserError, first_line
+from engine.weights import PRETRAINING, load_state_dict_strict, num_heads, read_weights
+from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from vits import VITS, size_to_str
 
-PRETRAINING, MM = "MoCo v3 pre-training", "MMSelfSup or MMPretrain"
-KINDS = {  # by how a key begins, beside module.; the first that fits
-    PRETRAINING: "base_encoder.",
-    MM: "backbone.",
-    "MoCo v3 with a classifier": "module.",
-    "timm, DeiT or torchvision": "",
-}
-MM_NAMES = (  # MMPretrain's ViT → timm's, in this order
-    (r"^patch_embed\.projection\.", "patch_embed.proj."),
-    (r"^layers\.(\d+)\.ln", r"blocks.\1.norm"),
-    (r"^layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
-    (r"^layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
-    (r"^layers\.(\d+)\.", r"blocks.\1."),
-    (r"^ln1\.", "norm."),
-)
+# timm's names of the ViTs that it calls otherwise than vit_…_patch16_224.
+TIMM_NAMES = {"vit_nano": "vit_tiny_patch16_224", "vit_huge": "vit_huge_patch14_224"}
 
 
 def parse_args(argv=None):
@@ -58,244 +46,146 @@ def parse_args(argv=None):
     add("source", metavar="IN", help="checkpoint, or folder of timm's")
     add("out", metavar="OUT", help="what to write; must not exist")
     add("--to", choices=("timm", "torchvision", "deit", "official"), required=True)
-    add("--with-heads", action="store_true", help="keep the classifier; with --to official, "
-        "projectors, predictor and momentum encoder, too")  # fmt: skip
-    add("--num-heads", type=int, choices=(6, 12), help="attention heads of a ViT-S, where IN or "
-        "the layout of OUT does not state them: 12 in MoCo v3, 6 in timm and DeiT")  # fmt: skip
+    add(
+        "--with-heads",
+        action="store_true",
+        help="keep the classifier; with --to official, projectors, predictor and momentum "
+        "encoder, too",
+    )
+    add(
+        "--num-heads",
+        type=int,
+        choices=(6, 12),
+        help="attention heads of a ViT-S, where IN or the layout of OUT does not state them: 12 in "
+        "MoCo v3, 6 in timm and DeiT",
+    )
     return parser.parse_args(argv)
 
 
 def main(args):
     out = Path(args.out)
-    if out.exists() or not out.parent.is_dir():
-        problem = "exists already" if out.exists() else "lies in a folder that does not exist"
-        raise UserError(f"{out} {problem}: name another OUT")
-    content, state = read(args.source)
-    kind = recognise(state)
-    prefix = KINDS[kind] if kind in (PRETRAINING, MM) else ""
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    encoder = {
-        timm_name(kind, key.removeprefix(prefix)): value
-        for key, value in state.items()
-        if key.startswith(prefix)
-    }
-
-    setting = describe(args, kind, content, encoder)
-    model = create_backbone(**setting)
-    head = f"{model.classifier_name}."
-    backbone = {key: value for key, value in encoder.items() if not key.startswith(head)}
-    stated = dict(arch=setting["arch"], num_heads=content.get("num_heads"), state_dict=backbone)
-    checkpoint.load_model(model, stated, args.source)
-    about = setting | dict(num_heads=checkpoint.num_heads(model))
-    about |= {key: content[key] for key in ("mean", "std", "max_value") if content.get(key)}
-    heads = {  # by their names in the file
-        key: value
-        for key, value in state.items()
-        if not key.startswith(prefix) or key.startswith(prefix + head)
-    }
-    check(args, kind, about, model, heads)
-    dropped = set() if args.with_heads else {k.removeprefix(prefix).split(".")[0] for k in heads}
-    heads = heads if args.with_heads else {}
-
+    if out.exists():
+        raise UserError(f"{out} exists already: name another OUT")
+    if not out.parent.is_dir():
+        raise UserError(f"{out} lies in a folder that does not exist: name another OUT")
+    weights = read_weights(args.source, args.num_heads)
+    model = weights.create_backbone()
+    weights.config["num_heads"] = num_heads(model)
+    check(args, weights, model)
+    heads = weights.heads if args.with_heads else {}
     try:
-        write(args.to, out, kind, backbone, heads, about, model)
+        write(args.to, out, weights, heads, model)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"can't write {out}: {reason(error)}", code=1) from None
-    what = f", {about['num_heads']} heads" if about["num_heads"] else ""
-    what = f"{kind}: {about['arch']}{what}, {size_text(about['img_size'])} pixels"
-    without = f", without {', '.join(sorted(dropped))}" if dropped else ""
-    print(f"{args.source} ({what}) → {out} ({args.to}: {len(backbone | heads)} tensors{without})")
+        raise UserError(f"can't write {out}: {first_line(error)}", exit_code=1) from None
+    print_conversion(args, weights, heads)
 
 
-def read(path):
-    """A file, or a folder of timm's → what it says beside the weights, the weights by name."""
-    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
-    content = read_timm(file) if file.suffix == ".safetensors" else checkpoint.read(file)
-    content = content if isinstance(content, dict) else {}
-    checkpoint.check_kinds(content, file)
-    state = content.get("state_dict", content.get("model", content))
-    items = state.items() if isinstance(state, dict) else ()
-    if not items or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in items):
-        raise UserError(f"{file} holds no weights by name")
-    return content, state
-
-
-def read_timm(file):
-    """A .safetensors, config.json beside it or not → the same as a checkpoint of ours."""
-    try:
-        content, path = dict(state_dict=load_file(file)), file.with_name("config.json")
-        if not path.is_file():
-            return content
-        config = json.loads(path.read_text())
-        options, arch = config.get("model_args") or {}, config["architecture"]
-        images = config["pretrained_cfg"]
-        content |= {key: tuple(images[key]) for key in ("mean", "std") if key in images}
-        size = options.get("img_size") or images["input_size"][1:]
-        content |= dict(img_size=pair(size), in_chans=options.get("in_chans"))
-        content["patch_size"] = options.get("patch_size") and pair(options["patch_size"])
-        if "embed_dim" in options:  # a ViT of ours, by write_timm
-            return content | dict(num_heads=options["num_heads"])
-        return content | dict(arch=arch if arch in RESNETS else f"timm/{arch}")
-    except Exception as error:  # whatever a damaged or foreign file provokes
-        raise UserError(f"{file} can't be read as timm's: {type(error).__name__}") from None
-
-
-def recognise(state):
-    """One of KINDS."""
-    for kind, start in KINDS.items():
-        if any(key.startswith((start, f"module.{start}")) for key in state):
-            return kind
-
-
-def timm_name(kind, name):
-    if kind == MM:
-        for theirs, ours in MM_NAMES:
-            name = re.sub(theirs, ours, name)
-    return name
-
-
-def describe(args, kind, content, encoder):
-    """Arguments of create_backbone: what the file says, or the shapes of its weights."""
-    arch, path = content.get("arch") or "", args.source
-    if arch not in (*VITS, *RESNETS) and not arch.startswith("timm/"):
-        arch = find_arch(path, encoder)
-        heads = content.get("num_heads") or args.num_heads
-        if arch == "vit_small" and kind != PRETRAINING:
-            if heads is None:
-                raise UserError(
-                    f"{path} does not say how many attention heads it has: --num-heads 12 if it is "
-                    "MoCo v3's, 6 if it is timm's or DeiT's"
-                )
-            arch = "timm/vit_small_patch16_224" if heads == 6 else arch
-
-    size, patch = content.get("img_size"), content.get("patch_size")
-    if "cls_token" in encoder and not size:
-        size, patch = find_size(path, encoder)
-    return dict(
-        arch=arch,
-        img_size=pair(size or 224),
-        patch_size=patch and pair(patch),
-        small_stem=bool(content.get("small_stem")),
-        in_chans=content.get("in_chans") or 3,
-    )
-
-
-def find_arch(path, encoder):
-    """A ViT's width, depth and stem name it, a ResNet's shapes."""
-    if "cls_token" in encoder:
-        dim = encoder["cls_token"].numel()
-        depth = len({key.split(".")[1] for key in encoder if key.startswith("blocks.")})
-        conv_stem = "patch_embed.proj.0.weight" in encoder
-        for arch, config in VITS.items():
-            own = config["embed_dim"], config["depth"], config.get("conv_stem", False)
-            if own == (dim, depth, conv_stem):
-                return arch
-        raise UserError(f"{path} is none of the ViTs of vits.py: {dim} wide, {depth} blocks")
-    shapes = {key: v.shape for key, v in encoder.items() if not key.startswith("fc.")}
-    for arch in RESNETS:
-        with torch.device("meta"):
-            expected = create_backbone(arch).state_dict()
-        if {key: v.shape for key, v in expected.items()} == shapes:
-            return arch
-    raise UserError(
-        f"{path} is by its keys neither a ViT nor a ResNet: other backbones of timm are read from "
-        "our checkpoints and from folders with timm's config.json"
-    )
-
-
-def find_size(path, vit):
-    """img_size, taken as a square, and patch_size, by the shapes of a ViT's weights."""
-    stem = [v for k, v in vit.items() if k.startswith("patch_embed.proj.") and v.ndim == 4]
-    table = vit.get("pos_embed", torch.empty(0))
-    cells = table.shape[1] - 1 if table.ndim == 3 else 0
-    side = math.isqrt(cells)
-    if not stem or not cells or side**2 != cells:
-        raise UserError(f"{path} states no image size, and has no patches that make up a square")
-    patch = tuple(stem[0].shape[2:]) if len(stem) == 1 else pair(2 ** (len(stem) - 1))
-    return (side * patch[0], side * patch[1]), patch
-
-
-def check(args, kind, about, model, heads):
+def check(args, weights, model):
     """UserError where OUT would be another model, or has no place for what is asked for."""
-    source, to, arch = args.source, args.to, about["arch"]
-    if args.num_heads not in (None, about["num_heads"]):
+    source, to, config = args.source, args.to, weights.config
+    arch, heads = config["arch"], config["num_heads"]
+    if args.num_heads not in (None, heads):
         raise UserError(
-            f"{source} ({arch}) has {about['num_heads'] or 'no'} heads, not {args.num_heads}: drop "
-            "--num-heads"
+            f"{source} ({arch}) has {heads or 'no'} heads, not {args.num_heads}: drop --num-heads"
         )
     if to == "deit" and arch == "vit_small" and not args.num_heads:
         raise UserError(
             "DeiT's ViT-S has 6 heads, this one 12, and the shapes agree: --to timm states them; "
             "--num-heads 12 if you build what reads OUT with 12"
         )
-    resnet = arch in RESNETS and model.conv1.weight.shape == (64, 3, 7, 7)
-    own_stem = about["small_stem"] or VITS.get(arch, {}).get("conv_stem")
-    if (to == "torchvision" and not resnet) or (to == "timm" and own_stem):
+    is_torchvisions = arch in RESNETS and model.conv1.weight.shape == (64, 3, 7, 7)
+    has_own_stem = config["small_stem"] or VITS.get(arch, {}).get("conv_stem")
+    if (to == "torchvision" and not is_torchvisions) or (to == "timm" and has_own_stem):
+        stem = "" if arch in VITS else " with this stem"
         raise UserError(
-            f"{to} has no {arch}{' with this stem' * (arch not in VITS)}: --to deit or official "
-            "keeps the weights, and moco.backbones.create_backbone makes the model"
+            f"{to} has no {arch}{stem}: --to deit or official keeps the weights, and "
+            "engine.backbones.create_backbone makes the model"
         )
     classifier = {f"{model.classifier_name}.{name}" for name in ("weight", "bias")}
-    kept = heads.keys() == classifier or (kind == PRETRAINING and to == "official")
-    if args.with_heads and not kept:
-        raise UserError(f"{source} ({kind}) has no heads for --to {to}: drop --with-heads")
+    has_place = weights.heads.keys() == classifier
+    has_place |= weights.kind == PRETRAINING and to == "official"
+    if args.with_heads and not has_place:
+        raise UserError(f"{source} ({weights.kind}) has no heads for --to {to}: drop --with-heads")
 
 
-def write(to, out, kind, backbone, heads, about, model):
+def write(to, out, weights, heads, model):
     """OUT, whole or not at all."""
+    config = dict(weights.config)
+    class_names = config.pop("class_names", None)
+    if class_names and heads and weights.kind != PRETRAINING:  # of the classifier
+        config["class_names"] = class_names
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        new, weights = Path(folder, out.name), backbone | heads
+        new, state = Path(folder, out.name), weights.backbone | heads
         if to == "timm":
-            write_timm(new, weights, about, model)
+            write_timm(new, state, config, model)
         elif to == "torchvision":
-            torch.save(weights, new)
+            torch.save(state, new)
         elif to == "deit":
-            torch.save(about | dict(model=weights), new)
+            torch.save(config | dict(model=state), new)
         else:
-            prefix = "module." if heads and kind != PRETRAINING else "module.base_encoder."
-            state = {prefix + key: value for key, value in backbone.items()}
+            has_classifier = heads and weights.kind != PRETRAINING
+            prefix = "module." if has_classifier else "module.base_encoder."
+            state = {prefix + key: value for key, value in weights.backbone.items()}
             state |= {f"module.{key}": value for key, value in heads.items()}
-            torch.save(about | dict(state_dict=state), new)
+            torch.save(config | dict(state_dict=state), new)
         os.replace(new, out)
 
 
-def write_timm(folder, weights, about, model):
+def write_timm(folder, state, config, model):
     """model.safetensors and config.json, which names an architecture of timm's, its arguments."""
-    arch, size = about["arch"], about["img_size"]
+    arch, img_size, in_chans = config["arch"], config["img_size"], config["in_chans"]
     options = getattr(model, "timm_args", {})
     if arch in VITS:
-        near = dict(vit_nano="vit_tiny_patch16_224", vit_huge="vit_huge_patch14_224")
-        options = dict(embed_dim=model.embed_dim, depth=len(model.blocks))
-        options |= dict(num_heads=about["num_heads"], img_size=size)
-        options |= dict(patch_size=model.patch_embed.patch_size)
-        arch = near.get(arch, f"{arch}_patch16_224")
-    arch, options = arch.removeprefix("timm/"), options | dict(in_chans=about["in_chans"])
-    classes = len(weights.get(f"{model.classifier_name}.weight", ()))
-    theirs = timm.create_model(arch, num_classes=classes, **options)
-    checkpoint.load_model(theirs, dict(state_dict=weights, arch=arch), "what timm would read")
-    config = dict(
+        options = dict(
+            embed_dim=model.embed_dim,
+            depth=len(model.blocks),
+            num_heads=config["num_heads"],
+            img_size=img_size,
+            patch_size=model.patch_embed.patch_size,
+        )
+        arch = TIMM_NAMES.get(arch, f"{arch}_patch16_224")
+    arch, options = arch.removeprefix("timm/"), options | dict(in_chans=in_chans)
+    num_classes = len(state.get(f"{model.classifier_name}.weight", ()))
+    timm_model = timm.create_model(arch, num_classes=num_classes, **options)
+    load_state_dict_strict(timm_model, state, dict(arch=arch), "what timm would read")
+    timm_config = dict(
         architecture=arch,
-        num_classes=classes,
+        num_classes=num_classes,
         num_features=model.num_features,
         model_args=options,
         pretrained_cfg=dict(
-            num_classes=classes,
-            input_size=(about["in_chans"], *size),
-            fixed_input_size=theirs.pretrained_cfg.get("fixed_input_size", False),
+            num_classes=num_classes,
+            input_size=(in_chans, *img_size),
+            fixed_input_size=timm_model.pretrained_cfg.get("fixed_input_size", False),
             interpolation="bilinear",
             crop_pct=0.875,
-            mean=about.get("mean", IMAGENET_DEFAULT_MEAN),
-            std=about.get("std", IMAGENET_DEFAULT_STD),
-            first_conv=theirs.pretrained_cfg.get("first_conv"),
+            mean=config.get("mean", IMAGENET_MEAN),
+            std=config.get("std", IMAGENET_STD),
+            first_conv=timm_model.pretrained_cfg.get("first_conv"),
             classifier=model.classifier_name,
         ),
     )
+    if "class_names" in config:
+        timm_config["label_names"] = config["class_names"]
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(timm_config, indent=2) + "\n")
     # safetensors takes no tensors that share memory.
-    weights = {k: v.clone(memory_format=torch.contiguous_format) for k, v in weights.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def print_conversion(args, weights, heads):
+    config, prefix = weights.config, "base_encoder." if weights.kind == PRETRAINING else ""
+    source = f"{weights.kind}: {config['arch']}"
+    if config["num_heads"]:
+        source += f", {config['num_heads']} heads"
+    source += f", {size_to_str(config['img_size'])} pixels"
+    out = f"{args.to}: {len(weights.backbone | heads)} tensors"
+    dropped = {key.removeprefix(prefix).split(".")[0] for key in weights.heads.keys() - heads}
+    if dropped:
+        out += f", without {', '.join(sorted(dropped))}"
+    print(f"{args.source} ({source}) → {args.out} ({out})")
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args)
+    cli.run_script(main, parse_args)

@@ -8,42 +8,59 @@ Each writes one PNG and needs no display.
 """
 
 import argparse
+import math
 import os
+import sys
 from pathlib import Path
 
 import torch
-from features import embed, load_model, model_flags  # makes moco importable
+from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
 from timm.layers import set_fused_attn
-from timm.utils import AttentionExtract
 
-from moco import UserError, checkpoint, cli, distributed
-from moco.augment import RGB, visible
-from moco.builder import unit
-from moco.evaluation import batches
-from moco.log import draw_curves
-from moco.sources import Files
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-RIGHT, WRONG = "#1a9850", "#d7301f"  # frames of neighbours of the same class, and of another
+from engine import cli, launch
+from engine.checkpoint import atomic_write
+from engine.datasets import HuggingFaceDataset, evenly_spaced
+from engine.decode import RGB
+from engine.errors import UserError, printable
+from engine.evaluation import embed, iterate_eval_batches
+from engine.loader import UnreadableImages
+from engine.plots import plot_curves, to_rgb
+from engine.weights import create_pretrained_backbone
+from moco.builder import l2_normalize
+
+SAME_CLASS, OTHER_CLASS = "#1a9850", "#d7301f"  # frames of neighbours
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__)
     pictures = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
 
-    def picture(name, parent, words):
-        sub = pictures.add_parser(name, parents=[parent], help=words, description=words)
-        sub.add_argument("--out", type=Path, default=f"{name}.png", metavar="PNG")
-        return sub.add_argument
+    def add_picture(name, parent, help):
+        picture = pictures.add_parser(name, parents=[parent], help=help, description=help)
+        picture.add_argument("--out", type=Path, default=f"{name}.png", metavar="PNG")
+        return picture.add_argument
 
-    add = picture("attention", model_flags(), "attention of a ViT's class token, head by head")
-    add("--images", type=cli.positive, default=6, help="rows, taken evenly from val, or from DIR")
-    add = picture("neighbours", model_flags(), "images of val and their nearest ones of train")
-    add("--images", type=cli.positive, default=6, help="rows, taken evenly from val, or from DIR")
-    add("-k", type=cli.positive, default=8, help="nearest images of each")
-    add("--knn-bank", type=cli.positive, metavar="IMAGES", help="training images that are searched "
-        "(default: all)")  # fmt: skip
-    add = picture("curves", argparse.ArgumentParser(add_help=False), "log.jsonl of runs, overlaid")
+    add = add_picture(
+        "attention", cli.pretrained_flags(), "attention of a ViT's class token, head by head"
+    )
+    images_help = "number of images, taken evenly from val, or from DIR"
+    add("--images", type=cli.positive_int, default=6, help=images_help)
+    add = add_picture(
+        "neighbours", cli.pretrained_flags(), "images of val and their nearest ones of train"
+    )
+    add("--images", type=cli.positive_int, default=6, help=images_help)
+    add("-k", type=cli.positive_int, default=8, help="nearest images of each")
+    add(
+        "--knn-bank",
+        type=cli.positive_int,
+        metavar="IMAGES",
+        help="training images that are searched (default: all)",
+    )
+    no_flags = argparse.ArgumentParser(add_help=False)
+    add = add_picture("curves", no_flags, "log.jsonl of several runs, overlaid")
     add("runs", nargs="+", metavar="RUN", help="--output-dir of a run")
 
     args = parser.parse_args(argv)
@@ -55,171 +72,279 @@ def parse_args(argv=None):
 def main(args):
     if "RANK" in os.environ:
         raise UserError("a picture is drawn by one process: python in place of torchrun")
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't write {args.out}: {error.strerror}") from None
-    if not os.access(args.out.parent, os.W_OK):
-        raise UserError(f"can't write {args.out}: {args.out.parent} is read-only")
-    {"attention": attention, "neighbours": neighbours, "curves": curves}[args.picture](args)
+    check_writable(args.out)
+    draw = {"attention": attention, "neighbours": neighbours, "curves": curves}[args.picture]
+    with rc_context({"text.parse_math": False}):  # names may contain $, which begins a formula
+        draw(args)
     print(args.out)
+
+
+def check_writable(path):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"can't write {path}: {path.parent} is read-only")
 
 
 def curves(args):
     for run in args.runs:
         if not Path(run, "log.jsonl").is_file():
             raise UserError(f"{run} is no run: it has no log.jsonl")
-    draw_curves(*args.runs, out=args.out)
+    plot_curves(*args.runs, out=args.out)
+
+
+# Attention
 
 
 def attention(args):
-    device, amp = distributed.set_up(args.device, args.amp)
-    set_fused_attn(False)  # a fused kernel shows no weights; a model asks when it is made
-    model, setting = load_model(args, device)
-    dataset = cli.images(args, setting)
-    source = dataset.val or dataset.train
-    chosen = spread_out(source, args.images)
-    if not checkpoint.num_heads(model):
-        raise UserError(f"{setting['arch']} has no attention to draw: attention is for ViTs")
+    env = launch.init_distributed(args.device, args.amp)
+    set_fused_attn(False)  # a fused kernel shows no weights; a model asks when it is created
+    model, config = create_pretrained_backbone(args)
+    model.requires_grad_(False).eval().to(env.device)
+    check_class_token(model, config.arch)
+    splits = cli.load_splits_from_args(args, config.pixel_format)
+    dataset = splits.train if splits.val is None else splits.val
 
-    images = views(source, chosen, setting["img_size"], args, device)
-    with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-        maps = class_attention(model, images).cpu()
-    words = captions(dataset, source, chosen)
-    draw_attention(images, maps, words, pixels=source.pixels).savefig(args.out, dpi=100)
+    chosen, images = read_images(dataset, choose_images(dataset, args.images), config, args, env)
+    with env.autocast():
+        maps = class_attention(model, images)
+    if maps is None:
+        raise UserError(
+            f"{config.arch} has no attention to draw: in its last block the class token does not "
+            "attend to all patches by a softmax"
+        )
+    captions = image_captions(splits, dataset, chosen)
+    save(draw_attention(images, maps.cpu(), captions, dataset.pixel_format), args.out)
+
+
+def check_class_token(model, arch):
+    """UserError for a backbone whose features are not its class token."""
+    if getattr(model, "cls_token", None) is None:
+        raise UserError(f"{arch} has no class token: attention is drawn for ViTs that have one")
+    pooling = getattr(model, "global_pool", "token")
+    if pooling != "token":
+        raise UserError(
+            f"the features of {arch} are its patches, pooled ({pooling}), not its class token, "
+            "whose attention would be drawn"
+        )
 
 
 def class_attention(model, images):
     """The class token's attention in the last block → [N, heads, rows, columns] of patches.
 
-    Its sum falls short of 1 by the share of the class token itself. The model must have been made
-    without fused attention.
+    Its sum falls short of 1 by the attention to the class token itself and to registers. None if
+    the block has no such attention. The model must have been created without fused attention.
     """
-    last = f"blocks.{len(model.blocks) - 1}.attn.attn_drop"
-    weights = AttentionExtract(model, [last], method="hook")(images)[last]  # [N, heads, 1+P, 1+P]
-    return weights[:, :, 0, 1:].float().unflatten(-1, model.patch_embed.grid_size)
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is None or not hasattr(model, "blocks"):
+        return None
+    num_prefix = getattr(model, "num_prefix_tokens", 1)  # the class token is the first of them
+    num_tokens = num_prefix + math.prod(grid)
+    inputs, weights = [], []
+
+    def keep_input(block, args):
+        inputs.append(args[0])
+
+    def keep_weights(dropout, args, output):
+        weights.append(output)
+
+    last_block = model.blocks[-1]
+    hooks = [last_block.register_forward_pre_hook(keep_input)]
+    for name, module in last_block.named_modules():
+        if name.split(".")[-1] == "attn_drop":  # timm's dropout of the weights
+            hooks.append(module.register_forward_hook(keep_weights))
+    model(images)
+    for hook in hooks:
+        hook.remove()
+
+    # What windows, pooled keys, cross-covariance or several attentions leave is of another shape.
+    if len(weights) != 1 or len(inputs) != 1 or inputs[0].shape[:2] != (len(images), num_tokens):
+        return None
+    [attention] = weights
+    if attention.ndim != 4 or attention.shape[2:] != (num_tokens, num_tokens):
+        return None
+    attention = attention[:, :, 0].float()  # [N, heads, tokens]
+    if not torch.allclose(attention.sum(-1), torch.ones(()).to(attention), atol=0.02):
+        return None  # mixed after the softmax
+    return attention[:, :, num_prefix:].unflatten(-1, tuple(grid))
 
 
-def draw_attention(images, maps, words, pixels=RGB):
-    """images [n, C, H, W], maps [n, heads, rows, columns], words: n captions → Figure."""
+def draw_attention(images, maps, captions, pixel_format=RGB):
+    """images [n, C, H, W], maps [n, heads, rows, columns], n captions → Figure."""
     height, width = images.shape[-2:]
-    figure, cells = grid(len(images), 1 + maps.shape[1], height / width)
-    cells[0, 0].set_title("input", fontsize=10)
-    for row, image, heads, caption in zip(cells, images, maps, words):
-        show(row[0], image, pixels)
-        row[0].set_xlabel(caption, fontsize=8, labelpad=2)
-        for head, (cell, weights) in enumerate(zip(row[1:], heads), 1):
-            show(cell, image.mean(0, keepdim=True).expand_as(image), pixels)
-            cell.imshow(weights.numpy(), cmap="inferno", vmin=0, alpha=0.75,
-                        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-                        interpolation="nearest")  # fmt: skip
-            cell.set_xlabel(f"max {weights.max():.2f}", fontsize=8, labelpad=2)
-            if cell.get_subplotspec().is_first_row():
-                cell.set_title(f"head {head}", fontsize=10)
+    figure, axes = create_grid(len(images), 1 + maps.shape[1], height / width)
+    axes[0, 0].set_title("input", fontsize=10)
+    for head in range(maps.shape[1]):
+        axes[0, 1 + head].set_title(f"head {head + 1}", fontsize=10)
+    for row, image, image_maps, caption in zip(axes, images, maps, captions):
+        show_image(row[0], image, pixel_format)
+        set_caption(row[0], caption)
+        gray = image.mean(0, keepdim=True).expand_as(image)
+        for cell, weights in zip(row[1:], image_maps):
+            show_image(cell, gray, pixel_format)
+            cell.imshow(
+                weights.numpy(),
+                cmap="inferno",
+                vmin=0,
+                alpha=0.75,
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                interpolation="nearest",
+            )
+            set_caption(cell, f"max {weights.max():.2f}")
     figure.supxlabel("bright: where the class token looks, from 0 to the cell's max", fontsize=8)
     return figure
 
 
+# Neighbours
+
+
 def neighbours(args):
-    device, amp = distributed.set_up(args.device, args.amp)
-    model, setting = load_model(args, device)
-    dataset = cli.images(args, setting)
-    bank = dataset.bank or dataset.train
-    source = dataset.val or bank
-    chosen = spread_out(source, args.images)
-    size_of_bank = min(args.knn_bank or len(bank), len(bank))
-    k = min(args.k, size_of_bank - (source is bank))  # an image is no neighbour of its own
+    env = launch.init_distributed(args.device, args.amp)
+    model, config = create_pretrained_backbone(args)
+    model.requires_grad_(False).eval().to(env.device)
+    splits = cli.load_splits_from_args(args, config.pixel_format)
+    bank = splits.train if splits.train_labelled is None else splits.train_labelled
+    dataset = bank if splits.val is None else splits.val
+
+    def encode(images, indices):
+        """Those of the indices that can be read, [n], and their unit features, [n, d]."""
+        batches = embed(model, images, indices, config.img_size, args.workers, env)
+        positions, features = concatenate(batches)
+        return indices[positions], l2_normalize(features)
+
+    chosen, queries = read_images(dataset, choose_images(dataset, args.images), config, args, env)
+    _, query_features = encode(dataset, chosen)
+    searched, bank_features = encode(bank, evenly_spaced(len(bank), args.knn_bank or len(bank)))
+    similarity = (query_features @ bank_features.T).cpu()  # [n, bank]
+    k = min(args.k, len(searched))
+    if dataset is bank:  # an image is not a neighbour of its own
+        k = min(k, len(searched) - 1)
+        similarity[chosen[:, None] == searched] = -torch.inf
     if k == 0:
         raise UserError(f"{args.data}: a single image has no neighbours")
-    searched = torch.arange(size_of_bank) * len(bank) // size_of_bank  # as for the kNN
-
-    def embedded(images, indices):
-        found = embed(model, images, indices, setting["img_size"], args, device, amp)
-        return torch.cat([unit(h) for _, h in found])
-
-    similarity = (embedded(source, chosen) @ embedded(bank, searched).T).cpu()  # [n, bank]
-    if source is bank:
-        similarity[chosen[:, None] == searched] = -torch.inf
     similarity, nearest = similarity.topk(k)  # [n, k]
     nearest = searched[nearest]
 
-    size = setting["img_size"]
-    same = bank.labels is not None and bank.labels[nearest] == source.labels[chosen][:, None]
-    draw_neighbours(
-        views(source, chosen, size, args, device),
-        views(bank, nearest.flatten(), size, args, device).unflatten(0, nearest.shape),
+    _, found = read_images(bank, nearest.flatten(), config, args, env)
+    same_class = None
+    if bank.labels is not None and dataset.labels is not None:
+        same_class = bank.labels[nearest] == dataset.labels[chosen][:, None]
+    figure = draw_neighbours(
+        queries,
+        found.unflatten(0, nearest.shape),
         similarity,
-        same,
-        captions(dataset, source, chosen),
-        captions(dataset, bank, nearest.flatten()),
-        pixels=source.pixels,
-    ).savefig(args.out, dpi=100)
+        same_class,
+        image_captions(splits, dataset, chosen),
+        image_captions(splits, bank, nearest.flatten()),
+        dataset.pixel_format,
+    )
+    save(figure, args.out)
 
 
-def draw_neighbours(queries, found, similarity, same, query_words, found_words, pixels=RGB):
-    """queries [n, C, H, W]; found [n, k, C, H, W], similarity and same [n, k] → Figure.
+def draw_neighbours(
+    queries, found, similarity, same_class, query_captions, found_captions, pixel_format=RGB
+):
+    """queries [n, C, H, W]; found [n, k, C, H, W], similarity [n, k] → Figure.
 
-    same: whether a neighbour has the label of its query; False where there are no labels.
-    words: captions, of each query and of each that was found, row by row.
+    same_class: bool [n, k], whether a neighbour has the label of its query; None without labels.
+    found_captions: n · k of them.
     """
     height, width = queries.shape[-2:]
-    figure, cells = grid(len(queries), 1 + found.shape[1], height / width, lines=2)
-    cells[0, 0].set_title("query", fontsize=10)
-    cells[0, 1].set_title("nearest (cosine)", fontsize=10, loc="left").set_in_layout(False)
-    words = iter(found_words)
-    for r, row in enumerate(cells):
-        show(row[0], queries[r], pixels)
-        row[0].set_xlabel(query_words[r], fontsize=8, labelpad=2)
-        for c, cell in enumerate(row[1:]):
-            show(cell, found[r, c], pixels)
-            cell.set_xlabel(f"{next(words)}\n{similarity[r, c]:.4f}", fontsize=8, labelpad=2)
-            if same is not False:
-                right = bool(same[r, c])
+    k = found.shape[1]
+    figure, axes = create_grid(len(queries), 1 + k, height / width, caption_lines=2)
+    axes[0, 0].set_title("query", fontsize=10)
+    axes[0, 1].set_title("nearest (cosine)", fontsize=10, loc="left").set_in_layout(False)
+    for i, row in enumerate(axes):
+        show_image(row[0], queries[i], pixel_format)
+        set_caption(row[0], query_captions[i])
+        for j, cell in enumerate(row[1:]):
+            show_image(cell, found[i, j], pixel_format)
+            set_caption(cell, f"{found_captions[k * i + j]}\n{similarity[i, j]:.4f}")
+            if same_class is not None:
+                color, style = (SAME_CLASS, "-") if same_class[i, j] else (OTHER_CLASS, ":")
                 for spine in cell.spines.values():
-                    spine.set(color=RIGHT if right else WRONG, lw=2.5, ls="-" if right else ":")
+                    spine.set(color=color, linestyle=style, linewidth=2.5)
     return figure
 
 
-def spread_out(source, n):
-    """Indices of n images, evenly over the classes and over the set."""
-    labels = torch.zeros(len(source)) if source.labels is None else source.labels
-    n = min(n, len(source))
-    return labels.argsort(stable=True)[(2 * torch.arange(n) + 1) * len(source) // (2 * n)]
+# What both share
 
 
-def views(source, indices, size, args, device):
-    """The images as the features see them: normalised [n, C, H, W]."""
-    return torch.cat([images for _, images in batches(source, indices, size, args.workers, device)])
+def choose_images(dataset, num_images):
+    """Indices of so many images, evenly over the classes and over the dataset."""
+    labels = torch.zeros(len(dataset)) if dataset.labels is None else dataset.labels
+    n = min(num_images, len(dataset))
+    middles = (2 * torch.arange(n) + 1) * len(dataset) // (2 * n)  # of n equal parts
+    return labels.argsort(stable=True)[middles]
 
 
-def captions(dataset, source, indices):
+def read_images(dataset, indices, config, args, env):
+    """Those of the indices that can be read, [n], and the images, normalized, [n, C, H, W].
+
+    The others are reported on stderr.
+    """
+    unreadable = UnreadableImages(max_fraction=1, num_images=len(dataset))
+    batches = iterate_eval_batches(dataset, indices, config.img_size, args.workers, env, unreadable)
+    positions, images = concatenate(batches)
+    return indices[positions], images
+
+
+def concatenate(batches):
+    """Pairs of tensors → the first of them in one tensor, the second in one."""
+    batches = list(batches)
+    if not batches:
+        raise UserError("none of the images can be read", exit_code=1)
+    first, second = zip(*batches)
+    return torch.cat(first), torch.cat(second)
+
+
+def image_captions(splits, dataset, indices):
     """A short text for each image: its class where there are labels, else its name."""
-    words = []
+    captions = []
     for i in indices.tolist():
-        if source.labels is not None:
-            label = int(source.labels[i])
-            text = dataset.names[label] if dataset.names else str(label)
-        elif isinstance(source, Files):
-            text = Path(os.fsdecode(source.paths[i])).stem
+        if dataset.labels is not None:
+            text = splits.class_names[int(dataset.labels[i])]
+        elif isinstance(dataset, HuggingFaceDataset):
+            text = str(i)  # the record's
         else:
-            text = str(i)
-        words.append(text if len(text) <= 10 else f"{text[:3]}…{text[-6:]}")  # what a cell holds
-    return words
+            text = Path(dataset.name(i)).stem
+        text = drawable(text)
+        captions.append(text if len(text) <= 10 else f"{text[:3]}…{text[-6:]}")  # a cell's width
+    return captions
 
 
-def grid(rows, columns, ratio, lines=1):
-    """Cells for images of height/width = ratio, lines of text below → Figure, [rows, columns]."""
-    figure = Figure(figsize=(1.2 * columns, (1.15 * ratio + 0.08 + 0.15 * lines) * rows + 0.25),
-                    layout="constrained")  # fmt: skip
+def drawable(text):
+    """The text with escapes for characters that the font lacks, and for unprintable ones."""
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    known = font.get_charmap()  # code point → glyph
+    return "".join(c if ord(c) in known else ascii(c)[1:-1] for c in printable(text))
+
+
+def create_grid(rows, columns, aspect, caption_lines=1):
+    """A Figure for images of height / width = aspect, and its axes [rows, columns]."""
+    row_height = 1.15 * aspect + 0.08 + 0.15 * caption_lines  # inches
+    figure = Figure(figsize=(1.2 * columns, row_height * rows + 0.25), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.04, h_pad=0.03, wspace=0, hspace=0)
-    blank = dict(xticks=[], yticks=[])
-    return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw=blank)
+    no_ticks = dict(xticks=[], yticks=[])
+    return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw=no_ticks)
 
 
-def show(cell, image, pixels):
-    """image: normalised [C, H, W]."""
-    cell.imshow(visible(image.cpu(), pixels).permute(1, 2, 0).numpy(), interpolation="nearest")
+def show_image(cell, image, pixel_format):
+    """image: normalized [C, H, W]."""
+    pixels = to_rgb(image.cpu(), pixel_format).permute(1, 2, 0)
+    cell.imshow(pixels.numpy(), interpolation="nearest")
+
+
+def set_caption(cell, text):
+    cell.set_xlabel(text, fontsize=8, labelpad=2)
+
+
+def save(figure, path):
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=100, format="png")
 
 
 if __name__ == "__main__":
-    cli.run(main, parse_args)
+    cli.run_script(main, parse_args)

@@ -1,4 +1,4 @@
-"""Each operation, and the chain, against torchvision.transforms.v2.functional, image by image."""
+"""Each operation, and the chain, compared with torchvision.transforms.v2.functional per image."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,13 @@ import torch
 from conftest import DEVICES
 from torchvision.transforms.v2 import functional as tv
 
-from moco import augment as ours
+from moco import augmentation as ours
+from moco.augmentation import IDENTITY_PARAMS, Param
 
 TOLERANCE = 2 / 255
 
 
-def images(n=24, height=32, width=40):
+def make_images(n=24, height=32, width=40):
     """Noise, smooth gradients, gray, black and white: [n, 3, height, width] in [0, 1]."""
     x = torch.rand(n, 3, height, width)
     x[1::4] = torch.linspace(0, 1, width) * torch.rand(len(x[1::4]), 3, 1, 1)
@@ -38,7 +39,7 @@ OPERATIONS = {
     "solarize": (lambda x, _: ours.solarize(x), lambda x, _: tv.solarize(x, 128 / 255), (0, 1)),
     "normalize": (
         lambda x, _: ours.normalize(x),
-        lambda x, _: tv.normalize(x, list(ours.MEAN), list(ours.STD)),
+        lambda x, _: tv.normalize(x, list(ours.IMAGENET_MEAN), list(ours.IMAGENET_STD)),
         (0, 1),
     ),
 }
@@ -48,7 +49,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_agrees_with_torchvision(name, device):
     operation, reference, (low, high) = OPERATIONS[name]
-    x = images().to(device)
+    x = make_images().to(device)
     factor = torch.linspace(low, high, len(x)).to(device)
     expected = torch.stack([reference(image, f.item()) for image, f in zip(x, factor)])
     torch.testing.assert_close(operation(x, factor), expected, rtol=0, atol=TOLERANCE)
@@ -58,26 +59,26 @@ def test_operation_agrees_with_torchvision(name, device):
 @pytest.mark.parametrize("view", [0, 1])
 def test_chain_agrees_with_torchvision(view, device):
     rng = np.random.default_rng(0)
-    rows = torch.from_numpy(np.stack([ours.draw(rng, view) for _ in range(64)]))
+    params = torch.from_numpy(np.stack([ours.sample_params(rng, view) for _ in range(64)]))
     x = torch.randint(0, 256, (64, 3, 24, 20), dtype=torch.uint8)
     x[::2] = tv.resize(x[::2, :, :4, :4], [24, 20])  # smooth ones
-    found = ours.augment(x.to(device), rows).cpu()
+    augmented = ours.augment(x.to(device), params).cpu()
 
     jitter = tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue
-    for image, row, result in zip(x, rows, found):
+    for image, p, result in zip(x, params, augmented):
         expected = image.float() / 255
-        for column in ours.ORDERS[int(row[ours.ORDER])]:
-            if row[column] != ours.NOTHING[column]:
-                expected = jitter[column](expected, row[column].item())
-        if row[ours.GRAYSCALE]:
+        for column in ours.JITTER_ORDERS[int(p[Param.ORDER])].tolist():
+            if p[column] != IDENTITY_PARAMS[column]:
+                expected = jitter[column](expected, p[column].item())
+        if p[Param.GRAYSCALE]:
             expected = tv.rgb_to_grayscale(expected, num_output_channels=3)
-        if row[ours.SIGMA]:
-            expected = blur(expected, row[ours.SIGMA].item())
+        if p[Param.SIGMA]:
+            expected = blur(expected, p[Param.SIGMA].item())
         # A pixel within rounding of the threshold may fall on either side of it.
         near = (expected - ours.SOLARIZE_THRESHOLD).abs() < 1e-5
-        if row[ours.SOLARIZE]:
+        if p[Param.SOLARIZE]:
             expected = tv.solarize(expected, ours.SOLARIZE_THRESHOLD)
-        if row[ours.FLIP]:
+        if p[Param.FLIP]:
             expected, near = expected.flip(-1), near.flip(-1)
         error = (ours.denormalize(result) - expected).abs()
         assert error[~near].max() <= TOLERANCE
@@ -87,38 +88,38 @@ def test_blur_reflects_in_images_smaller_than_the_kernel():
     x = torch.rand(3, 3, 4, 1)
     blurred = ours.gaussian_blur(x, torch.tensor([0.1, 1.0, 2.0]))
     assert blurred.shape == x.shape and blurred.isfinite().all()
-    torch.testing.assert_close(ours.gaussian_blur(torch.ones(1, 3, 5, 2), torch.tensor([2.0])), torch.ones(1, 3, 5, 2))  # fmt: skip  # noqa: E501
+    white = torch.ones(1, 3, 5, 2)
+    torch.testing.assert_close(ours.gaussian_blur(white, torch.tensor([2.0])), white)
 
 
-def test_what_is_not_drawn_is_left_as_it_is():
+def test_identity_params_leave_an_image_as_it_is():
     x = torch.randint(0, 256, (4, 3, 9, 9), dtype=torch.uint8)
-    rows = torch.tensor([ours.NOTHING] * 4, dtype=torch.float32)
-    assert torch.equal(ours.augment(x, rows), ours.normalize(x.float() / 255))
+    params = torch.tensor([IDENTITY_PARAMS] * 4, dtype=torch.float32)
+    assert torch.equal(ours.augment(x, params), ours.normalize(x.float() / 255))
 
 
-def test_draws_have_the_papers_probabilities_and_ranges():
-    n = 20_000
-    for view in (0, 1):
-        rng = np.random.default_rng(1)
-        rows = np.stack([ours.draw(rng, view) for _ in range(n)])
+@pytest.mark.parametrize("view", [0, 1])
+def test_params_have_the_papers_probabilities_and_ranges(view):
+    rng = np.random.default_rng(1)
+    params = np.stack([ours.sample_params(rng, view) for _ in range(20_000)])
 
-        def rate(chosen):
-            return pytest.approx(chosen.mean(), abs=0.015)
+    def rate(selected):
+        return pytest.approx(selected.mean(), abs=0.015)
 
-        jittered = rows[:, ours.BRIGHT] != 1
-        assert rate(jittered) == 0.8
-        for column, low, high in (
-            (ours.BRIGHT, 0.6, 1.4),
-            (ours.CONTR, 0.6, 1.4),
-            (ours.SATUR, 0.8, 1.2),
-            (ours.HUE_SHIFT, -0.1, 0.1),
-        ):
-            drawn = rows[jittered, column]
-            assert low <= drawn.min() < low + 0.01 and high - 0.01 < drawn.max() <= high
-        assert set(rows[jittered, ours.ORDER]) == set(range(24))
-        assert rate(rows[:, ours.GRAYSCALE]) == 0.2
-        assert (1.0, 0.1)[view] == rate(rows[:, ours.SIGMA] > 0)
-        sigma = rows[rows[:, ours.SIGMA] > 0, ours.SIGMA]
-        assert 0.1 <= sigma.min() < 0.2 and 1.95 < sigma.max() <= 2
-        assert (0.0, 0.2)[view] == rate(rows[:, ours.SOLARIZE])
-        assert rate(rows[:, ours.FLIP]) == 0.5
+    jittered = params[:, Param.BRIGHTNESS] != 1
+    assert rate(jittered) == 0.8
+    for column, low, high in (
+        (Param.BRIGHTNESS, 0.6, 1.4),
+        (Param.CONTRAST, 0.6, 1.4),
+        (Param.SATURATION, 0.8, 1.2),
+        (Param.HUE, -0.1, 0.1),
+    ):
+        values = params[jittered, column]
+        assert low <= values.min() < low + 0.01 and high - 0.01 < values.max() <= high
+    assert set(params[jittered, Param.ORDER]) == set(range(24))
+    assert rate(params[:, Param.GRAYSCALE]) == 0.2
+    sigma = params[:, Param.SIGMA]
+    assert (1.0, 0.1)[view] == rate(sigma > 0)
+    assert 0.1 <= sigma[sigma > 0].min() < 0.2 and 1.95 < sigma.max() <= 2
+    assert (0.0, 0.2)[view] == rate(params[:, Param.SOLARIZE])
+    assert rate(params[:, Param.FLIP]) == 0.5

@@ -1,0 +1,1 @@
+"""What any training run needs: data, loader, folders, checkpoints, logs, command line."""

@@ -1,0 +1,328 @@
+"""Command lines: recipes as flag files, the flags that scripts share, errors in one line."""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from engine.datasets import NAMED_SETS, image_folders, load_splits
+from engine.decode import MAX_PIXELS
+from engine.errors import UserError, first_line, printable
+from engine.launch import destroy_process_group
+from engine.signals import Interrupted
+
+# Flags that may differ when a run is resumed; any other one changes its mathematics.
+MAY_CHANGE = set(
+    "data data_root workers amp device encode_chunk compile output_dir resume init_from print_freq "
+    "tensorboard save_every save_minutes timeout allow_changed_args knn_every knn_bank knn "
+    "max_bad_images".split()
+)
+
+
+def may_change(name):
+    return name in MAY_CHANGE
+
+
+class Args(argparse.Namespace):
+    """The flags of a script; `defaults` is beside them, not one of them: vars() leaves it out."""
+
+    __slots__ = ("defaults",)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with `@recipes/NAME.txt`: flags as on the command line, # comments; later wins."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,
+        )
+
+    def convert_arg_line_to_args(self, line):
+        if "\0" in line:  # UTF-16, perhaps
+            raise ValueError("it is not a text file")
+        return shlex.split(re.sub(r"(^|\s)#.*", "", line))
+
+    def parse_args(self, argv=None, namespace=None):
+        args = Args() if namespace is None else namespace
+        try:
+            args = super().parse_args(argv, args)
+        except ValueError as error:  # from a recipe: not a text, or a quotation without its end
+            if isinstance(error, UserError):
+                raise
+            self.error(f"can't read the recipe: {error}")
+        except RecursionError:
+            self.error("can't read the recipe: it names itself")
+        for name, value in vars(args).items():
+            if value == "":  # an unset variable of the shell; it would pass for a missing flag
+                flag = "DIR" if name == "data" else f"--{name.replace('_', '-')}"
+                self.error(f"{flag} is an empty text")
+        args.defaults = {name: self.get_default(name) for name in vars(args)}
+        return args
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def input_flags():
+    """Flags about images and the backbone that sees them, as a parent for parsers."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    names = " ".join(NAMED_SETS)
+    add("data", metavar="DIR", help=f"folder of images, list.txt, hf:NAME, or one of: {names}")
+    add(
+        "-a", "--arch", default="resnet50", help="a ViT of vits.py, torchvision's ResNet, timm/NAME"
+    )
+    size = dict(type=side, nargs="+", action=Size, metavar="PIXELS")
+    add("--img-size", default=(224, 224), help="side, or height and width", **size)
+    add("--patch-size", help="patch of a ViT: side, or height and width", **size)
+    add("--in-chans", type=width, default=3, help="channels of the images; 1: gray (default: 3)")
+    channels = dict(nargs="+", metavar="X")
+    add("--mean", type=fraction, help="channel means in 0…1 (default: ImageNet's)", **channels)
+    add(
+        "--std",
+        type=positive_float,
+        help="channel standard deviations (default: ImageNet's)",
+        **channels,
+    )
+    max_value = "pixel value that maps to 1.0 in files of more than 8 bits (default: 65535)"
+    add("--max-value", type=positive_float, metavar="V", help=max_value)
+    pixels = f"largest height × width of an image file that is decoded (default: {MAX_PIXELS:,})"
+    add("--max-pixels", type=positive_int, default=MAX_PIXELS, metavar="N", help=pixels)
+    add("--small-stem", action="store_true", help="ResNet for small images: 3×3 stem, no pooling")
+    workers = "data-loading processes of each training process"
+    add("-j", "--workers", type=int_up_to_1024, default=min(8, num_cores()), help=workers)
+    pair = dict(nargs="+", action=Pair)
+    add("--hf-columns", metavar=("IMAGE", "LABEL"), help="columns of hf:NAME to read", **pair)
+    add("--hf-splits", metavar=("TRAIN", "VAL"), help="splits of hf:NAME to read", **pair)
+    add("--data-root", default="data", help="where named sets are downloaded to")
+    amp = "mixed precision; auto: bf16 where the hardware computes in it"
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help=amp)
+    add(
+        "--device",
+        choices=("auto", "cuda", "mps", "cpu"),
+        default="auto",
+        help="auto: a GPU if any",
+    )
+    return parser
+
+
+def shared_flags():
+    """Flags of all training scripts, as a parent for their parsers."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[input_flags()])
+    add = parser.add_argument
+    max_bad = "largest fraction of unreadable training images (default: 0.001)"
+    add("--max-bad-images", type=fraction, default=0.001, metavar="FRACTION", help=max_bad)
+    add("--epochs", type=non_negative_int, default=100, help="passes over the data")
+    add("-b", "--batch-size", type=positive_int, default=4096, help="images per step, of all ranks")
+    add("--seed", type=seed, default=0, help="random seed for weights, order and augmentation")
+    add("--output-dir", help="folder for everything that the run writes (default: in runs/)")
+    add("--resume", metavar="PATH", help="checkpoint to continue; auto: the newest in --output-dir")
+    minutes = "between checkpoints, beside those at the ends of epochs; 0: only these"
+    add("--save-minutes", type=non_negative_float, default=30, metavar="MINUTES", help=minutes)
+    add("--allow-changed-args", action="store_true", help="resume although arguments differ")
+    timeout = "how long a process waits for the others"
+    add("--timeout", type=seconds, default=600, metavar="SECONDS", help=timeout)
+    freq = "steps between log lines"
+    add("-p", "--print-freq", type=positive_int, default=10, metavar="STEPS", help=freq)
+    add("--tensorboard", action="store_true", help="log to TensorBoard, too, in --output-dir")
+    return parser
+
+
+def pretrained_flags():
+    """Flags of a tool that shows images to a pre-trained backbone, as a parent for its parser."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[input_flags()])
+    parser.add_argument(
+        "--pretrained",
+        metavar="CKPT",
+        required=True,
+        help="checkpoint of main_moco.py or of the official release; arch and sizes are taken "
+        "from it",
+    )
+    parser.set_defaults(arch=None, img_size=None, in_chans=None, from_scratch=False)
+    return parser
+
+
+def downstream_flags():
+    """Flags of the scripts that start from pre-trained weights."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("--pretrained", metavar="CKPT", help="pre-training checkpoint, ours or the official one")
+    scratch = "control: random weights in the backbone of --pretrained or -a"
+    add("--from-scratch", action="store_true", help=scratch)
+    add("--evaluate", action="store_true", help="only measure the classifier in --pretrained")
+    return parser
+
+
+def check_downstream(parser, args):
+    """What argparse can't check about downstream_flags."""
+    if not args.pretrained and not (args.from_scratch and args.arch):
+        parser.error("give --pretrained CKPT, or as a control --from-scratch and -a")
+    if args.from_scratch and args.evaluate:
+        parser.error("--from-scratch leaves nothing for --evaluate")
+    if args.evaluate and args.resume:
+        parser.error("--evaluate measures --pretrained, --resume continues training: give one")
+    return args
+
+
+def load_splits_from_args(args, pixel_format):
+    """The images that DIR and the flags about it name → Splits."""
+    evaluate = getattr(args, "evaluate", False)
+    return load_splits(
+        args.data, args.data_root, pixel_format, args.hf_columns, args.hf_splits, evaluate
+    )
+
+
+def output_folder(args, default):
+    """--output-dir, or runs/DEFAULT.
+
+    UserError if it is among the images: the run's pictures would be taken for some.
+    """
+    folder = Path(args.output_dir or f"runs/{default}")
+    if any(folder.resolve().is_relative_to(path.resolve()) for path in image_folders(args.data)):
+        raise UserError(f"--output-dir {folder} is among the images of {args.data}: move it")
+    return folder
+
+
+def downstream_folder(args, arch, job):
+    """--output-dir, or runs/RUN_JOB for a checkpoint in …/RUN."""
+    run = Path(args.pretrained).resolve().parent.name if args.pretrained else arch
+    control = "_from_scratch" if args.from_scratch else ""
+    return output_folder(args, f"{run}_{job}{control}")
+
+
+def weights_origin(args):
+    return "from a random initialization" if args.from_scratch else f"from {args.pretrained}"
+
+
+class Size(argparse.Action):
+    """One side or two → (height, width)."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, "takes one side, or height and width")
+        setattr(namespace, self.dest, (values[0], values[-1]))
+
+
+class Pair(argparse.Action):
+    """One word or two."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, "takes one word or two (DIR goes before it)")
+        setattr(namespace, self.dest, values)
+
+
+def num_cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _number(kind, is_valid, expected):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+
+    return parse
+
+
+# With bounds that leave room for products: 64-bit integers, seconds as nanoseconds, fp32.
+positive_int = _number(int, lambda v: 0 < v < 2**31, "a whole number above 0, below 2³¹")
+non_negative_int = _number(int, lambda v: 0 <= v < 2**31, "a whole number from 0, below 2³¹")
+int_up_to_1024 = _number(int, lambda v: 0 <= v <= 1024, "a whole number from 0 to 1024")
+width = _number(int, lambda v: 0 < v <= 2**16, "a width, from 1 to 65536")
+positive_float = _number(float, lambda v: 1e-12 <= v <= 1e38, "a number above 0 (1e-12 to 1e38)")
+non_negative_float = _number(
+    float, lambda v: v == 0 or 1e-12 <= v <= 1e38, "a number, 0 or more (1e-12 to 1e38)"
+)
+seconds = _number(float, lambda v: 1 <= v <= 1e9, "a number of seconds (1 to 1e9)")
+fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+fraction_below_1 = _number(float, lambda v: 0 <= v < 1, "a number from 0, below 1")
+side = _number(int, lambda v: 0 < v < 2**16, "a side in pixels (DIR goes before it)")
+seed = _number(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2³² − 1")
+
+
+def run_script(main, parse_args):
+    """main(parse_args()); what goes wrong becomes one line on stderr and an exit code."""
+    script = os.path.basename(sys.argv[0])
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names have any encoding
+    exit_code, message, rank_local = 0, None, True
+    try:
+        main(parse_args())
+    except Interrupted as interrupted:
+        exit_code = interrupted.exit_code
+    except KeyboardInterrupt:
+        exit_code = 130
+        if os.environ.get("RANK", "0") == "0":
+            hint = "; --resume auto continues" if script.startswith("main_") else ""
+            print(f"{script}: interrupted{hint}", file=sys.stderr)
+    except UserError as error:
+        exit_code, message, rank_local = error.exit_code, str(error), error.rank_local
+    except ValueError as error:
+        if not _raised_by_library(error):
+            raise
+        exit_code, message, rank_local = 2, str(error), False
+    except (MemoryError, OSError, RuntimeError) as error:
+        exit_code, message = 1, explain(error)
+        if message is None:
+            raise
+    # Out of the handlers, which would keep the traceback, and with it DataLoader's workers, alive.
+    if message and (rank_local or os.environ.get("LOCAL_RANK", "0") == "0"):
+        print(f"{script}: error: {printable(message)}", file=sys.stderr, flush=True)
+    if exit_code == 0:
+        destroy_process_group()
+    sys.exit(exit_code)
+
+
+def _raised_by_library(error):
+    """Whether moco/ or vits.py refused an argument: they know nothing of flags and UserError."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in ("moco", "vits")
+
+
+# Words in a RuntimeError of a collective whose other end is gone; gloo and NCCL, torch 2.6 to 2.15.
+LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "gloo",
+    "NCCL",
+)
+
+
+def explain(error):
+    """What a failure of the machine, not of this code, means for the user; None for any other."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory: a smaller --batch-size, or for ViTs --encode-chunk"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return "out of memory: a smaller --batch-size, or fewer --workers"
+    if "DataLoader worker" in text:
+        return (
+            "a worker was killed, for want of memory perhaps, or of /dev/shm: fewer --workers; "
+            "--resume auto continues"
+        )
+    lost = any(words in text for words in LOST_CONNECTION)
+    if isinstance(error, torch.distributed.DistError) or lost:
+        # Without the source file and line, which stand in brackets.
+        reason = re.sub(r"^\[.*?\] ", "", first_line(error)).split(". ")[0]
+        return (
+            f"another process has ended, or the network between them: {reason}; --resume auto "
+            "continues, and torchrun's --max-restarts does so by itself"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return None

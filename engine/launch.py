@@ -1,0 +1,311 @@
+"""torchrun's process group, the device, the precision, and the collectives of the scripts."""
+
+import inspect
+import os
+import pickle
+import re
+import tempfile
+import time
+import uuid
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm, set_fused_attn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.errors import UserError
+from moco.batchnorm import ViewBatchNorm
+from moco.distributed import all_gather, is_main, rank, world_size
+
+
+@dataclass(frozen=True)
+class Env:
+    """What this process computes on; amp_dtype: of autocast, None for float32."""
+
+    device: torch.device
+    amp_dtype: torch.dtype | None = None
+
+    def autocast(self):
+        return torch.autocast(
+            self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+        )
+
+    def grad_scaler(self):
+        """Loss scaling for fp16; disabled for every other precision."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+
+    def to_device(self, *tensors):
+        """The tensors on the device, without waiting for the copy; a single one as such."""
+        moved = [x.to(self.device, non_blocking=self.device.type == "cuda") for x in tensors]
+        return moved[0] if len(moved) == 1 else moved
+
+    def wrap_ddp(self, model):
+        """DistributedDataParallel over all processes; the model itself in a single process.
+
+        Buffers are not broadcast: BatchNorm sees the batch of all ranks, so they are equal already.
+        """
+        if world_size() == 1:
+            return model
+        # gloo's layout of a 1×1 convolution's gradient: a copy, not an error.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        # The first is the new name; the old one warns where both are known.
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **{sync: False},
+        )
+
+    def sync_batchnorm(self, module):
+        """Makes every BatchNorm in `module` see the batch of all ranks.
+
+        On CUDA that is nn.SyncBatchNorm; elsewhere ours, slower, with the same mathematics.
+        """
+        if world_size() == 1:
+            return module
+        if self.device.type == "cuda":
+            return convert_sync_batchnorm(module)  # timm's keeps fused activations, torch's doesn't
+        for name, child in list(module.named_modules()):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                module.set_submodule(name, _SyncBatchNorm(child))
+        return module
+
+    def precision(self):
+        if self.amp_dtype is None:
+            return "float32"
+        return f"{str(self.amp_dtype).removeprefix('torch.')} autocast"
+
+
+def init_distributed(device="auto", amp="auto", timeout=600):
+    """Joins torchrun's process group, if there is one → Env.
+
+    CUDA communicates through NCCL, the CPU through gloo; without torchrun there is one process and
+    no group. timeout: seconds that a process waits for the others.
+    amp "auto": bf16 where the hardware computes in it, fp16 on older CUDA, "off" elsewhere.
+    """
+    check_launcher()
+    device = choose_device(device)
+    if "RANK" in os.environ:
+        init_process_group(device, timeout)
+    amp_dtype = choose_amp_dtype(amp, device)
+    # In bf16 on a CPU torch's fused attention is slower than the explicit softmax, several times
+    # over (benchmarks/attention.py).
+    set_fused_attn(not (device.type == "cpu" and amp_dtype))
+    return Env(device, amp_dtype)
+
+
+def check_launcher():
+    """UserError where processes were started side by side without torchrun's variables."""
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    present = [name for name in needed if name in os.environ]
+    if present and "RANK" in present and len(present) < len(needed):
+        missing = ", ".join(name for name in needed if name not in present)
+        raise UserError(f"RANK is set without {missing}: start processes with torchrun")
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
+    if "RANK" not in os.environ and int(tasks) > 1:
+        raise UserError(
+            f"{tasks} processes were started without torchrun, and each would be a whole run: use "
+            "srun torchrun …, one task per node (recipes/slurm.sh)"
+        )
+
+
+def choose_device(device):
+    under_torchrun = "RANK" in os.environ
+    mps = torch.backends.mps.is_available() and not under_torchrun
+    if device == "auto":
+        if torch.cuda.is_available():
+            device = "cuda"
+        else:
+            device = "mps" if mps else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; --device cpu would run")
+    if device == "mps" and not mps:
+        raise UserError("--device mps needs an Apple GPU and runs one process, without torchrun")
+    if device != "cuda":
+        return torch.device(device)
+
+    num_gpus = torch.cuda.device_count()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > num_gpus:
+        raise UserError(f"more processes than GPUs on this host: use --nproc_per_node={num_gpus}")
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def init_process_group(device, timeout):
+    on_gpu, limit = device.type == "cuda", timedelta(seconds=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    dist.init_process_group(
+        # gloo on a GPU, too: all-reducing a few host integers must not wait for the device.
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=limit,
+        store=_store_of_this_restart(store, rank, world_size, timeout),
+        rank=rank,
+        world_size=world_size,
+        device_id=device if on_gpu else None,
+    )
+
+
+def _store_of_this_restart(store, rank, world_size, timeout):
+    """The part of torchrun's store that belongs to the processes that run now → PrefixStore.
+
+    torchrun keeps one store through its restarts. A process that finds an address of a killed
+    predecessor in it would wait for an answer in vain. So rank 0 picks a new prefix:
+        rank 0 sets    generation = its id          (the prefix)
+        rank r sets    {generation}/{r} = its id    (again, if the generation was an old one)
+        rank 0 sets    {generation}/{id of r}/admitted, for each r
+    """
+    own_id = uuid.uuid4().hex
+    if rank == 0:
+        store.set("generation", own_id)
+        for other in range(1, world_size):
+            other_id = store.get(f"{own_id}/{other}").decode()
+            store.set(f"{own_id}/{other_id}/admitted", "")
+        return dist.PrefixStore(own_id, store)
+    start = time.monotonic()
+    while time.monotonic() - start < timeout:
+        generation = store.get("generation").decode()
+        store.set(f"{generation}/{rank}", own_id)
+        if store.check([f"{generation}/{own_id}/admitted"]):
+            return dist.PrefixStore(generation, store)
+        time.sleep(0.01)
+    raise dist.DistStoreError(f"rank 0 did not come within {timeout:g} seconds")
+
+
+def choose_amp_dtype(amp, device):
+    if amp == "auto":
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            amp = "bf16" if device.type == "cpu" and _cpu_computes_bf16() else "off"
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError("--amp fp16 needs a CUDA GPU: use bf16 or off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def _cpu_computes_bf16():
+    try:  # torch 2.6 has no public way to ask
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo))
+
+
+def destroy_process_group():
+    """Leaves the group, all processes together, after a run that succeeded."""
+    if dist.is_initialized():
+        dist.barrier()
+        # torch 2.6 destroys a gloo group with the GIL held, and waits forever for a thread of it
+        # that frees the tensors of the last collective and needs the GIL for that.
+        time.sleep(0.1)
+        dist.destroy_process_group()
+
+
+def local_rank():
+    """Rank among the processes of this host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def print_rank0(text, file=None):
+    if is_main():
+        print(text, file=file, flush=True)
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_max(*numbers):
+    """The largest of the ranks' whole numbers, for each; one number in, one number out."""
+    if world_size() > 1:
+        numbers = torch.tensor(numbers)  # through gloo: nothing waits for a GPU
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        numbers = numbers.tolist()
+    return numbers[0] if len(numbers) == 1 else list(numbers)
+
+
+def all_reduce_sum(x):
+    """Sum of x over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_reduce_mean(x):
+    """Mean of x over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+        x /= world_size()
+    return x
+
+
+def all_gather_object(value):
+    """A list of every rank's picklable `value`, in rank order."""
+    gathered = [value]
+    if world_size() > 1:
+        gathered = [None] * world_size()
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def check_same_on_all_ranks(env, **numbers):
+    """UserError if a number differs between ranks: hosts that see other files, for example."""
+    gathered = all_gather(torch.tensor(list(numbers.values()), device=env.device))
+    for name, values in zip(numbers, gathered.T.tolist()):  # of each rank
+        if len(set(values)) > 1:
+            raise UserError(
+                f"the processes disagree about {name.replace('_', ' ')}: {sorted(set(values))}; do "
+                "all hosts see the same data and the same --output-dir?"
+            )
+
+
+def run_once_per_host(make):
+    """make() on local rank 0 of each host; its result, or its UserError, on every rank.
+
+    The result travels through a pickle file. All ranks call it.
+    """
+    if world_size() == 1:
+        return make()
+    result = path = None
+    if local_rank() == 0:
+        try:
+            result = make()
+        except UserError as error:
+            result = error
+        with tempfile.NamedTemporaryFile(delete=False) as file:
+            pickle.dump(result, file)
+            path = file.name
+    paths = all_gather_object(path)
+    if local_rank() > 0:
+        result = pickle.loads(Path(paths[rank() - local_rank()]).read_bytes())
+    barrier()
+    if path:
+        os.unlink(path)
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+class _SyncBatchNorm(ViewBatchNorm):
+    """BatchNorm of a backbone over all ranks, on devices other than CUDA: [N, C, …], one view."""
+
+    def __init__(self, bn):
+        super().__init__(bn.num_features, bn.eps, bn.momentum, bn.affine)
+        for name, child in bn.named_children():  # timm's have an activation inside
+            self.add_module(name, child)
+        self.load_state_dict(bn.state_dict())
+
+    def forward(self, x):
+        channels_last = x.movedim(1, -1)  # [N, …, C]
+        x = super().forward(channels_last.flatten(0, -2)[None])  # [1, N·…, C]
+        x = x.view(channels_last.shape).movedim(-1, 1)
+        for child in self.children():
+            x = child(x)
+        return x
