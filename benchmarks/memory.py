@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--one", action="store_true", help="measure in this process")
     args = parser.parse_args()
     if args.quick and not args.one:
-        args.arch, args.batch_size, args.img_size, args.steps = "vit_tiny", 32, 64, 1
+        args.arch, args.batch_size, args.img_size, args.steps = "vit_nano", 32, 64, 1
     if args.one:
         return measure(args)
 

@@ -60,7 +60,7 @@ def main():
     parser.add_argument("--levers", nargs="*", choices=LEVERS, help="measure these or all, too")
     args = parser.parse_args()
     if args.quick:
-        args.arch, args.batch_size, args.img_size, args.steps = "vit_tiny", 8, 32, 3
+        args.arch, args.batch_size, args.img_size, args.steps = "vit_nano", 8, 32, 3
     env = init_distributed(args.device, args.amp)
 
     sides, on_gpu = {"fast": Side(args, env)}, env.device.type == "cuda"

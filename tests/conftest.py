@@ -138,21 +138,27 @@ def _run_child(argv, stdout, stderr, env, folder):
 def launch(processes, name, *args, **env):
     """As `torchrun --nproc_per_node=PROCESSES NAME ARGS…`; one, as `python NAME ARGS…`.
 
-    Returns a subprocess.CompletedProcess. When a process fails, the others are terminated.
+    Returns a subprocess.CompletedProcess. When a process fails, the others are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for variables in torchrun_variables(processes):
-            rank_folder = Path(folder, variables.get("RANK", "0"))
-            rank_folder.mkdir()
-            settings = dict(env=variables | env, stderr=rank_folder / "stderr.txt")
-            children.append(Child(rank_folder, name, *args, **settings))
+        children = start(processes, folder, name, *args, **env)
         codes = wait_for_all(children, timeout=300)
         outputs = [child.said() for child in children]
         errors = [Path(child.output.parent, "stderr.txt").read_text() for child in children]
     failed = [code for code in codes if code != 0]
     code = failed[0] if processes == 1 and failed else int(bool(failed))
     return subprocess.CompletedProcess(args, code, "".join(outputs), "".join(errors))
+
+
+def start(processes, folder, name, *args, **env):
+    """The processes of `launch` in the background → [Child]."""
+    children = []
+    for variables in torchrun_variables(processes):
+        rank_folder = Path(folder, f"rank{variables.get('RANK', '0')}")
+        rank_folder.mkdir(parents=True, exist_ok=True)
+        settings = dict(env=variables | env, stderr=rank_folder / "stderr.txt")
+        children.append(Child(rank_folder, name, *args, **settings))
+    return children
 
 
 def torchrun_variables(processes):
@@ -251,6 +257,19 @@ def few_digits(tmp_path_factory):
     folder, images = tmp_path_factory.mktemp("digits"), load_splits("digits").train
     for i in range(160):
         write_png(images.read(i), str(folder / f"{i}.png"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_classes(tmp_path_factory):
+    """A folder of two classes: 8 images of each to train on, 3 of each to validate; 24×24."""
+    folder, rng = tmp_path_factory.mktemp("two_classes"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for name in "ab":
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
     return folder
 
 

@@ -2,12 +2,10 @@
 
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import timm
 import torch
 from conftest import on_two_ranks
-from PIL import Image
 from timm.layers import BatchNormAct2d, resample_abs_pos_embed
 from torch import nn
 from torchvision.models import resnet18
@@ -43,19 +41,6 @@ PROBE = "--batch-size 8 --epochs 1 --workers 0 --device cpu --amp off".split()
 TUNE = f"{' '.join(PROBE)} --lr 1e-3 --warmup-epochs 0 --layer-decay 0.7 --drop-path 0.2".split()
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Two classes of 8 images to train on, two steps of 8; 3 each to validate."""
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for part, count in (("train", 8), ("val", 3)):
-        for name in "ab":
-            (folder / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / part / name / f"{i}.png")
-    return folder
-
-
 def run(script, name, *argv):
     code, out, err = script(name, *argv)
     assert code == 0, err
@@ -63,10 +48,10 @@ def run(script, name, *argv):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_five_kinds_are_pretrained_and_probed(script, tmp_path, images, kind):
+def test_five_kinds_are_pretrained_and_probed(script, tmp_path, two_classes, kind):
     path, out = tmp_path / "pre" / "checkpoint.pth", tmp_path / "probe"
     args = [*PRETRAIN, *KINDS[kind].split(), "--output-dir", path.parent]
-    run(script, "main_moco.py", images, *args)
+    run(script, "main_moco.py", two_classes, *args)
     content = checkpoint.load(path)
     state = content["state_dict"]
     assert content["iteration"] == 2 and content["arch"] == KINDS[kind].split()[1]
@@ -79,7 +64,7 @@ def test_five_kinds_are_pretrained_and_probed(script, tmp_path, images, kind):
     assert ("module.predictor.4.running_mean" in state) == last_bn
 
     assert "linear  top-1" in run(
-        script, "main_lincls.py", images, *PROBE, "--pretrained", path, "--output-dir", out
+        script, "main_lincls.py", two_classes, *PROBE, "--pretrained", path, "--output-dir", out
     )
     probed = checkpoint.load(out / "linear_lr0.1.pth")
     assert probed["state_dict"][f"module.{name}.weight"].shape[0] == 2
@@ -89,17 +74,17 @@ def test_five_kinds_are_pretrained_and_probed(script, tmp_path, images, kind):
             assert torch.equal(value, before), f"{key} is not the pre-trained one"
 
     argv = ["--pretrained", out / "linear_lr0.1.pth", "--evaluate", "--device", "cpu"]
-    assert "on 6 images" in run(script, "main_lincls.py", images, *argv)
+    assert "on 6 images" in run(script, "main_lincls.py", two_classes, *argv)
 
 
-def test_a_timm_vit_is_tuned_at_another_size(script, tmp_path, images):
+def test_a_timm_vit_is_tuned_at_another_size(script, tmp_path, two_classes):
     path, out = tmp_path / "pre" / "checkpoint.pth", tmp_path / "tuned"
     args = [*PRETRAIN, *KINDS["registers"].split(), "--output-dir", path.parent]
-    run(script, "main_moco.py", images, *args)
+    run(script, "main_moco.py", two_classes, *args)
     args = ["--pretrained", path, "--img-size", 32, "--output-dir", out]
-    assert "tuned   top-1" in run(script, "main_finetune.py", images, *TUNE, *args)
+    assert "tuned   top-1" in run(script, "main_finetune.py", two_classes, *TUNE, *args)
     argv = ["--pretrained", out / "best.pth", "--evaluate", "--device", "cpu"]
-    assert "on 6 images" in run(script, "main_finetune.py", images, *argv)
+    assert "on 6 images" in run(script, "main_finetune.py", two_classes, *argv)
 
 
 # The smallest of its family, where that is small; 64 pixels.

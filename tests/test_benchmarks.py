@@ -53,26 +53,27 @@ def side(monkeypatch):
 
 
 def create_side(env, arch="vit_nano", optimizer="adamw", **levers):
-    args = dict(arch=arch, batch_size=8, img_size=32, compile=False, encode_chunk=0, quick=True)
-    return step.Side(SimpleNamespace(**args, optimizer=optimizer), env, **levers)
+    img_size = 16 if arch.startswith("resnet") else 32
+    args = dict(arch=arch, batch_size=8, img_size=img_size, compile=False, encode_chunk=0)
+    return step.Side(SimpleNamespace(**args, optimizer=optimizer, quick=True), env, **levers)
 
 
 def test_the_fast_step_loses_as_the_plain_one(side):
     plain = dict.fromkeys(step.LEVERS, False)
     fast, plain = ([trained.run() for _ in range(10)] for trained in (side(), side(**plain)))
-    assert fast == pytest.approx(plain, rel=1e-8) and fast[-1] < fast[0] / 2
+    assert fast == pytest.approx(plain, rel=1e-8) and fast[-1] < 0.6 * fast[0]
 
 
 @pytest.mark.parametrize("arch, optimizer", [("vit_nano", "adamw"), ("resnet18", "lars")])
 def test_each_lever_does_something_and_leaves_the_loss_as_it_is(side, arch, optimizer):
     fast = side(arch, optimizer)
-    chosen, losses = fast.chosen(), [fast.run() for _ in range(3)]
+    chosen, losses = fast.chosen(), [fast.run() for _ in range(2)]
     own = "concat_views fused_attention" if arch == "vit_nano" else "channels_last"
     shared = {"foreach_momentum", "fused_optimizer", "no_wait"}
     assert chosen.keys() == {*own.split(), *shared}
     for lever, value in chosen.items():
         other = side(arch, optimizer, **{lever: not value})
-        assert [other.run() for _ in range(3)] == pytest.approx(losses, rel=1e-8), lever
+        assert [other.run() for _ in range(2)] == pytest.approx(losses, rel=1e-8), lever
         assert lever in shared or other.chosen().get(lever) != value
 
 

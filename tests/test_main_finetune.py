@@ -1,4 +1,4 @@
-"""Fine-tuning as its users run it, and its parts against the published recipes."""
+"""Fine-tuning as its users run it, and its parts compared with the published recipes."""
 
 import math
 import random
@@ -11,40 +11,40 @@ from PIL import Image
 from timm.data import create_transform
 
 import main_finetune
-from moco import checkpoint
-from moco.log import read_rows
-from moco.sources import load_data
+from engine import checkpoint
+from engine.datasets import load_splits
+from engine.log import read_log
 
 TINY = (
     "digits --batch-size 256 --epochs 2 --warmup-epochs 1 --workers 0 --device cpu --amp off "
-    "--ema 0.9 --layer-decay 0.8 --clip-grad 5"
+    "--ema 0.6 --lr 1e-3 --layer-decay 0.8 --clip-grad 5"
 ).split()
 
 
-def tune(script, folder, *args):
+def finetune(script, folder, *args):
     code, out, err = script("main_finetune.py", *TINY, "--output-dir", folder, *args)
     assert code == 0, err
     return out
 
 
 def test_it_leaves_last_and_best(script, tmp_path, pretrained):
-    out = tune(script, tmp_path, "--pretrained", pretrained)
+    out = finetune(script, tmp_path, "--pretrained", pretrained)
     assert "tuned   top-1" in out and "after 2 epochs; best" in out
     files = {path.name for path in tmp_path.iterdir()}
     assert {"args.json", "log.jsonl", "curves.png", "checkpoint.pth", "best.pth"} <= files
-    rows = [row for row in read_rows(tmp_path / "log.jsonl") if "acc1" in row]
-    assert [row["step"] for row in rows] == [5, 10]
+    lines = [line for line in read_log(tmp_path / "log.jsonl") if "acc1" in line]
+    assert [line["step"] for line in lines] == [5, 10]
 
     last, before = checkpoint.load(tmp_path / "checkpoint.pth"), checkpoint.load(pretrained)
     for name in ("patch_embed.proj.weight", "pos_embed", "cls_token", "norm.weight"):
         started = before["state_dict"][f"module.base_encoder.{name}"]
         assert not torch.equal(last["state_dict"][f"module.{name}"], started), f"{name} is fixed"
-    assert last["best"][0] == last["best_acc1"]
-    assert last["best_acc1"] == pytest.approx(max(row["acc1"] for row in rows), abs=1e-3)
+    assert last["results"]["best"][0][0] == last["best_acc1"]
+    assert last["best_acc1"] == pytest.approx(max(line["acc1"] for line in lines), abs=1e-3)
 
     argv = ["digits", "--device", "cpu", "--amp", "off", "--evaluate", "--pretrained"]
     code, out, _ = script("main_finetune.py", *argv, tmp_path / "checkpoint.pth")
-    assert code == 0 and f"top-1 {rows[-1]['acc1']:.2f} %" in out
+    assert code == 0 and f"top-1 {lines[-1]['acc1']:.2f} %" in out
     code, averaged, _ = script("main_finetune.py", *argv, tmp_path / "checkpoint.pth",
                                "--evaluate-ema")  # fmt: skip
     assert code == 0 and averaged != out
@@ -53,24 +53,24 @@ def test_it_leaves_last_and_best(script, tmp_path, pretrained):
 @pytest.mark.parametrize("lr_per", ["iteration", "epoch"])
 def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, pretrained, lr_per):
     argv = ["--pretrained", pretrained, "--drop-path", 0.2, "--lr-per", lr_per, "--evaluate-ema"]
-    tune(script, tmp_path / "whole", *argv, "--workers", int(lr_per == "epoch"))
+    finetune(script, tmp_path / "whole", *argv, "--workers", int(lr_per == "epoch"))
     broken = tmp_path / "broken"
     with interrupted_after_saving():
         assert script("main_finetune.py", *TINY, "--output-dir", broken, *argv)[0] == 130
     torch.rand(7), np.random.rand(7), random.random()  # another process has drawn otherwise
-    tune(script, broken, *argv, "--resume", "auto", "--workers", 1)
+    finetune(script, broken, *argv, "--resume", "auto", "--workers", 1)
     whole, resumed = (checkpoint.load(tmp_path / n / "checkpoint.pth") for n in ("whole", "broken"))
-    for weights in ("state_dict", "ema"):
-        for key, value in whole[weights].items():
-            assert torch.equal(value, resumed[weights][key]), (weights, key)
-    assert whole["best"] == resumed["best"]
+    for name in ("state_dict", "ema"):
+        for key, value in whole[name].items():
+            assert torch.equal(value, resumed[name][key]), (name, key)
+    assert whole["results"] == resumed["results"]
 
 
 def test_drop_path_needs_as_many_processes(script, tmp_path, pretrained):
     argv = ["--pretrained", pretrained, "--epochs", 1, "--warmup-epochs", 0, "--drop-path", 0.2]
-    tune(script, tmp_path, *argv)
+    finetune(script, tmp_path, *argv)
     state = checkpoint.load(tmp_path / "checkpoint.pth")
-    checkpoint.save(tmp_path, state | dict(world=2))
+    checkpoint.save(tmp_path, state | dict(world_size=2))
     argv = ["main_finetune.py", *TINY, "--output-dir", tmp_path, *argv, "--resume", "auto"]
     code, _, err = script(*argv)
     assert code == 2 and "2 → 1 processes" in err and err.count("\n") == 1
@@ -78,14 +78,15 @@ def test_drop_path_needs_as_many_processes(script, tmp_path, pretrained):
 
 
 def test_from_scratch_is_the_same_backbone_with_random_weights(script, tmp_path, pretrained):
-    out = tune(script, tmp_path, "--pretrained", pretrained, "--from-scratch")
-    assert "vit_nano, from a random initialisation" in out
+    out = finetune(script, tmp_path, "--pretrained", pretrained, "--from-scratch")
+    assert "vit_nano, from a random initialization" in out
     assert checkpoint.load(tmp_path / "checkpoint.pth")["num_heads"] == 4
 
 
-def test_resnets_are_tuned_too(script, tmp_path):
-    argv = ["digits", "-a", "resnet18", "--from-scratch", "--img-size", 32, "-b", 512, "--device",
-            "cpu", "--epochs", 1, "--warmup-epochs", 0, "--output-dir", tmp_path]  # fmt: skip
+def test_resnets_are_tuned_too(script, tmp_path, two_classes):
+    argv = [two_classes, "-a", "resnet18", "--from-scratch", "--img-size", 32, "-b", 8, "--lr", 0.1,
+            "--device", "cpu", "--epochs", 1, "--warmup-epochs", 0,
+            "--output-dir", tmp_path]  # fmt: skip
     code, _, err = script("main_finetune.py", *argv, "--drop-path", 0, "--amp", "off")
     assert code == 0, err
     assert "module.fc.weight" in checkpoint.load(tmp_path / "best.pth")["state_dict"]
@@ -97,11 +98,20 @@ BAD = {
         "-a resnet18 --from-scratch --drop-path 0 --layer-decay 0.7", "--layer-decay is for ViTs",
     ),
     "odd batch": ("{pre} -b 63", "need an even number of images"),
-    "unknown policy": ("{pre} --aa best", "no policy that timm knows"),
+    "unknown policy": ("{pre} --aa best", "timm knows no augmentation policy"),
     "average without memory": ("{pre} --ema 0", "would average nothing"),
     "nothing to do": ("{pre} --epochs 0 --warmup-epochs 0", "leaves nothing to do"),
     "average of nothing": ("{pre} --evaluate-ema", "needs --ema DECAY"),
     "long warm-up": ("{pre} --epochs 3", "--warmup-epochs 5 is more than --epochs 3"),
+    "lr that rises": ("{pre} --lr 1e-5", "--min-lr 1e-05 is above the peak lr"),
+    "warm-up that falls": ("{pre} --warmup-lr 1", "--warmup-lr 1 is above the peak lr"),
+    "warm-up without end": (
+        "{pre} --epochs 5", "--warmup-epochs 5 leaves no epoch at the full --lr",
+    ),
+    "average of the start": (
+        "{pre} --epochs 6 --ema 0.99996",
+        "--ema 0.99996 after 132 steps would still be 99 % initial weights",
+    ),
     "no average saved": ("{pre} --evaluate --evaluate-ema", "no 'ema'"),
 }  # fmt: skip
 
@@ -111,7 +121,19 @@ def test_bad_input_gets_one_line(script, tmp_path, pretrained, case):
     line, words = BAD[case]
     line = line.format(pre=f"--pretrained {pretrained}")
     run = tmp_path / "run"
-    argv = ["digits", "-b", 64, "--output-dir", run, "--device", "cpu", "--amp", "off"]
+    argv = [
+        "digits",
+        "-b",
+        64,
+        "--lr",
+        1e-3,
+        "--output-dir",
+        run,
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+    ]
     code, out, err = script("main_finetune.py", *argv, *line.split())
     assert (code, err.count("\n")) == (2, 1), out + err
     assert err.startswith("main_finetune.py: error: ") and words in err
@@ -122,40 +144,42 @@ def parse(name, *args):
     return main_finetune.parse_args([f"@{ROOT}/recipes/{name}.txt", *args, "--pretrained", "x"])
 
 
-def rates(args, epoch_steps):
-    """The rate of each step of a run."""
+def step_lrs(args, steps_per_epoch):
+    """The lr of each step of a run."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter], lr=args.lr * args.batch_size / 256)
-    schedule = main_finetune.create_schedule(args, optimizer, epoch_steps)
-    for step in range(args.epochs * epoch_steps):
+    schedule = main_finetune.create_schedule(args, optimizer, steps_per_epoch)
+    for step in range(args.epochs * steps_per_epoch):
         if args.lr_per == "iteration":
             schedule.step_update(step)
-        elif step % epoch_steps == 0:
-            schedule.step(step // epoch_steps)
+        elif step % steps_per_epoch == 0:
+            schedule.step(step // steps_per_epoch)
         yield optimizer.param_groups[0]["lr"]
 
 
 def test_schedule_of_mm_is_per_iteration():
     """5 epochs linear from 1e-3·lr, then a cosine to 1e-5."""
     args, n, lr = parse("finetune_vit_base_150_mm", "DIR"), 4, 5e-4
-    for step, rate in enumerate(rates(args, n)):
+    for step, step_lr in enumerate(step_lrs(args, n)):
         t = step / n
         cosine = 1e-5 + (lr - 1e-5) * (1 + math.cos(math.pi * (t - 5) / 145)) / 2
         expected = lr * 1e-3 + (lr - lr * 1e-3) * t / 5 if t < 5 else cosine
-        assert rate == pytest.approx(expected, rel=1e-9), step
+        assert step_lr == pytest.approx(expected, rel=1e-9), step
 
 
 def test_schedule_of_deit_is_per_epoch():
     """5 epochs from 1e-6, cosine to 1e-5, counted from the first epoch."""
     args, n, lr = parse("finetune_vit_base_150_deit", "DIR"), 3, 5e-4 * 1024 / 512
-    for step, rate in enumerate(rates(args, n)):
+    for step, step_lr in enumerate(step_lrs(args, n)):
         epoch = step // n
         cosine = 1e-5 + (lr - 1e-5) * (1 + math.cos(math.pi * epoch / 150)) / 2
         expected = 1e-6 + (lr - 1e-6) * epoch / 5 if epoch < 5 else cosine
-        assert rate == pytest.approx(expected, rel=1e-9), step
+        assert step_lr == pytest.approx(expected, rel=1e-9), step
 
 
-def test_no_decay_on_norms_biases_token_and_position(pretrained, monkeypatch):
+def test_no_weight_decay_on_norms_biases_class_token_and_position_embedding(
+    pretrained, monkeypatch
+):
     groups = []
     create = main_finetune.create_optimizer_v2
 
@@ -181,13 +205,14 @@ def test_no_decay_on_norms_biases_token_and_position(pretrained, monkeypatch):
 
 def test_a_view_depends_on_seed_epoch_and_index_alone():
     args = main_finetune.parse_args(["digits", "--from-scratch", "-a", "vit_nano"])
-    source = load_data("digits").bank
-    views = main_finetune.Augmented(source, main_finetune.create_augmentation(args, (16, 16)), 3)
-    images, labels = views.__getitems__([(0, 5), (0, 6), (1, 5)])
-    assert images.shape == (3, 3, 16, 16) and labels.tolist() == source.labels[[5, 6, 5]].tolist()
+    dataset = load_splits("digits").train_labelled
+    transform = main_finetune.create_transform_from_args(args, (16, 16))
+    views = main_finetune.AugmentedCrops(dataset, transform, seed=3)
+    images, labels = views.__getitems__([(0, 5), (0, 6), (1, 5)]).data
+    assert images.shape == (3, 3, 16, 16) and labels.tolist() == dataset.labels[[5, 6, 5]].tolist()
     torch.rand(3), np.random.rand(3), random.random()
     before = torch.get_rng_state()
-    again, _ = views.__getitems__([(1, 5), (0, 5)])
+    again, _ = views.__getitems__([(1, 5), (0, 5)]).data
     assert torch.equal(again[0], images[2]) and torch.equal(again[1], images[0])
     assert not torch.equal(images[0], images[2])
     assert torch.equal(torch.get_rng_state(), before)

@@ -6,14 +6,15 @@ from conftest import ROOT, interrupted_after_saving, launch
 from official import linear, pretraining
 
 import main_lincls
-from moco import checkpoint
-from moco.log import read_rows
+from engine import checkpoint
+from engine.log import read_log
 
 TINY = "digits --batch-size 256 --epochs 2 --workers 0 --device cpu --amp off".split()
 
 
-def probe(script, folder, *args):
-    code, out, err = script("main_lincls.py", *TINY, "--output-dir", folder, *args)
+def probe(script, folder, *args, data="digits"):
+    argv = (data, *TINY[1:], "--output-dir", folder, *args)
+    code, out, err = script("main_lincls.py", *argv)
     assert code == 0, err
     return out
 
@@ -30,8 +31,8 @@ def test_a_probe_leaves_what_it_promises(script, tmp_path, pretrained):
     files = {path.name for path in tmp_path.iterdir()}
     assert {"args.json", "log.jsonl", "curves.png", "checkpoint.pth"} <= files
     assert {"linear_lr0.3.pth", "linear_lr3.pth"} <= files
-    rows = [row for row in read_rows(tmp_path / "log.jsonl") if "acc1 lr 3" in row]
-    assert [row["step"] for row in rows] == [5, 10]
+    lines = [line for line in read_log(tmp_path / "log.jsonl") if "acc1/lr3" in line]
+    assert [line["step"] for line in lines] == [5, 10]
 
     saved = checkpoint.load(tmp_path / "linear_lr3.pth")
     assert {"epoch", "arch", "state_dict", "best_acc1", "num_heads", "img_size"} <= saved.keys()
@@ -39,16 +40,16 @@ def test_a_probe_leaves_what_it_promises(script, tmp_path, pretrained):
 
     code, out, _ = script("main_lincls.py", *TINY, "--pretrained", tmp_path / "linear_lr3.pth",
                           "--evaluate")  # fmt: skip
-    assert code == 0 and f"top-1 {rows[-1]['acc1 lr 3']:.2f} %" in out
+    assert code == 0 and f"top-1 {lines[-1]['acc1/lr3']:.2f} %" in out
 
 
 @pytest.mark.parametrize("arch", ["vit_conv_nano", "resnet18"])
-def test_the_backbone_and_its_statistics_stay_as_they_are(script, tmp_path, arch):
+def test_the_backbone_and_its_statistics_stay_as_they_are(script, tmp_path, two_classes, arch):
     size = 16 if arch == "vit_conv_nano" else 32
     patch = ["--patch-size", 4] if arch == "vit_conv_nano" else []
-    argv = ["--from-scratch", "-a", arch, "--img-size", size, *patch, "--lr", 1]
-    probe(script, tmp_path / "0", *argv, "--epochs", 1)
-    probe(script, tmp_path / "1", *argv, "--epochs", 2)
+    argv = ["--from-scratch", "-a", arch, "--img-size", size, *patch, "--lr", 1, "-b", 8]
+    probe(script, tmp_path / "0", *argv, "--epochs", 1, data=two_classes)
+    probe(script, tmp_path / "1", *argv, "--epochs", 2, data=two_classes)
     once, twice = (state(tmp_path / n / "linear_lr1.pth") for n in "01")
     for key, value in once.items():
         head = key.startswith(("module.head.", "module.fc."))
@@ -63,7 +64,7 @@ def test_the_backbone_is_the_pretrained_one(script, tmp_path, pretrained):
             assert torch.equal(value, before[key.replace("module.", "module.base_encoder.")]), key
 
 
-def test_a_rate_in_a_sweep_trains_as_it_does_alone(script, tmp_path, pretrained):
+def test_an_lr_in_a_sweep_trains_as_it_does_alone(script, tmp_path, pretrained):
     probe(script, tmp_path / "many", "--pretrained", pretrained, "--lr", 0.1, 30, 1)
     for lr in ("0.1", "30", "1"):
         probe(script, tmp_path / lr, "--pretrained", pretrained, "--lr", lr)
@@ -72,7 +73,7 @@ def test_a_rate_in_a_sweep_trains_as_it_does_alone(script, tmp_path, pretrained)
             assert torch.equal(value, many[key]), (lr, key)
 
 
-def test_one_rate_is_the_published_protocol():
+def test_a_single_lr_is_the_published_protocol():
     """SGD with momentum .9, no decay, lr · batch/256 by a cosine per epoch: torch.optim agrees."""
     args = main_lincls.parse_args(["digits", "--from-scratch", "-a", "vit_nano", "--lr", "3"])
     assert (args.epochs, args.batch_size, args.crop_min) == (90, 1024, 0.08)
@@ -84,7 +85,7 @@ def test_one_rate_is_the_published_protocol():
     optimizer = torch.optim.SGD([parameter], lr=3 * 1024 / 256)
     published = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90)
     for epoch in range(90):
-        assert main_lincls.rates(args, epoch) == pytest.approx(published.get_last_lr())
+        assert main_lincls.epoch_lrs(args, epoch) == pytest.approx(published.get_last_lr())
         optimizer.step()
         published.step()
 
@@ -108,7 +109,7 @@ def test_accuracy_is_the_same_on_any_number_of_processes(script, tmp_path, pretr
     argv = ["digits", "--pretrained", tmp_path / "linear_lr3.pth", "--evaluate", "--knn",
             "--workers", 0, "--device", "cpu"]  # fmt: skip
     one = script("main_lincls.py", *argv)[1]
-    two, three = (launch(world, "main_lincls.py", *argv).stdout for world in (2, 3))
+    two, three = (launch(size, "main_lincls.py", *argv).stdout for size in (2, 3))
     assert one.count("kNN") == 4 and "on 360 images" in one
     assert one == two == three
 
@@ -119,11 +120,11 @@ def test_batchnorm_is_folded_into_the_classifier():
     for _ in range(3):
         classifiers(3 + 2 * torch.randn(16, 8, dtype=torch.float64))
     h = torch.randn(5, 8, dtype=torch.float64)
-    [logits], [linear] = classifiers.eval()(h), classifiers.folded()
+    [logits], [linear] = classifiers.eval()(h), classifiers.export()
     torch.testing.assert_close(linear(h), logits)
 
 
-def test_one_rate_that_diverges_leaves_the_others(script, tmp_path, pretrained):
+def test_an_lr_that_diverges_leaves_the_others(script, tmp_path, pretrained):
     out = probe(script, tmp_path, "--pretrained", pretrained, "--lr", 1, 1e38)
     assert out.count("(diverged)") == 1 and out.rstrip().endswith("lr 1")
 
@@ -146,7 +147,7 @@ def test_official_files_are_read(script, tmp_path, image_file, arch):
     assert code == 0 and "top-1" in out, err
     code, _, err = script(
         "main_finetune.py", *common, "--pretrained", tmp_path / "pre.pth", "--epochs", 1, "-b", 2,
-        "--warmup-epochs", 0, "--drop-path", 0, "--output-dir", tmp_path / "tuned",
+        "--lr", 1, "--warmup-epochs", 0, "--drop-path", 0, "--output-dir", tmp_path / "tuned",
     )  # fmt: skip
     assert code == 0, err
     code, _, err = script(
@@ -163,21 +164,24 @@ BAD = {
     "missing path": ("digits --pretrained nope.pth", "no checkpoint at nope.pth"),
     "no checkpoint": ("digits --pretrained {root}/README.md", "can't be read as a checkpoint"),
     "wrong arch": ("digits --pretrained {pre} -a vit_small", "holds vit_nano, not vit_small"),
-    "wrong patch": ("digits --pretrained {pre} --patch-size 8", "in other shapes patch_embed"),
+    "wrong patch": ("digits --pretrained {pre} --patch-size 4", "in other shapes patch_embed"),
     "wrong heads": ("digits --pretrained {six}", "trained with 6 heads, this model has 12"),
     "no arch": ("digits --pretrained {nameless}", "name it with -a"),
-    "a probe": ("digits --pretrained {linear}", "no base_encoder; with a classifier it is for"),
+    "a probe": ("digits --pretrained {linear}", "has no base_encoder; with a classifier it is for"),
     "nothing to evaluate": ("digits --pretrained {pre} --evaluate", "no classifier to evaluate"),
-    "other classes": ("digits --pretrained {linear} --evaluate --img-size 32", "knows 7 classes"),
+    "other classes": (
+        "digits --pretrained {linear} --evaluate --img-size 32",
+        "has 7 classes, the images have 10",
+    ),
     "missing folder": ("{tmp}/nope --pretrained {pre}", "nope does not exist"),
-    "no val": ("{tmp}/noval --pretrained {pre}", "no val/ beside train/"),
+    "no val": ("{tmp}/noval --pretrained {pre}", "no val/ or val.txt beside train/"),
     "no labels": (
         "{tmp}/flat --pretrained {pre}",
         "to train on and to validate: no train/ below it",
     ),
     "one class": ("{tmp}/one --pretrained {pre}", "holds a single class"),
     "large batch": ("digits --pretrained {pre} -b 4096", "1437 images don't fill one"),
-    "two equal rates": ("digits --pretrained {pre} --lr 1 1.0", "names a rate twice"),
+    "two equal lrs": ("digits --pretrained {pre} --lr 1 1.0", "names a rate twice"),
     "nothing to do": ("digits --pretrained {pre} --epochs 0", "add --knn or --evaluate"),
     "no number": ("digits --pretrained {pre} --lr high", "'high' is not a number above 0"),
     "two tasks": ("digits --pretrained {pre} --evaluate --resume auto", "give one"),
@@ -203,7 +207,7 @@ def test_bad_input_gets_one_line(script, tmp_path, image_file, pretrained, files
                  "one/train/a/1.png", "one/val/a/1.png"):  # fmt: skip
         image_file(path)
     line, words = BAD[case]
-    if name == "main_finetune.py" and case in ("two equal rates", "nothing to do"):
+    if name == "main_finetune.py" and case in ("two equal lrs", "nothing to do"):
         pytest.skip("the probe's own")
     paths = {p: files / f"{p}.pth" for p in ("six", "nameless", "linear")}
     line = line.format(tmp=tmp_path, root=ROOT, pre=pretrained, **paths)

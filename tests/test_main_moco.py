@@ -8,7 +8,6 @@ import torch
 from conftest import ROOT, TINY, interrupted_after_saving, launch
 
 from engine import checkpoint
-from engine.datasets import load_splits
 from engine.log import read_log
 from moco import MoCo
 
@@ -110,7 +109,7 @@ def test_unlabelled_folder_trains_without_knn(script, tmp_path, image_file):
 BAD = {
     "missing DIR": ("nowhere {tiny}", 2, "nowhere does not exist"),
     "a file for DIR": ("{root}/README.md {tiny}", 2, "is a file, not a folder"),
-    "empty DIR": ("{tmp} {tiny}", 2, "holds no images"),
+    "empty DIR": ("{tmp}/empty {tiny}", 2, "holds no images"),
     "no DIR": ("-a vit_nano", 2, "required: DIR"),
     "unknown arch": ("digits {tiny} -a vit_smol", 2, "did you mean 'vit_small'"),
     "batch larger than the data": ("digits {tiny} -b 5000", 2, "1437 images don't fill one"),
@@ -139,6 +138,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_gets_one_line(script, tmp_path, name):
+    (tmp_path / "empty").mkdir()
     (tmp_path / "bad.txt").write_text("digits\n--lerning-rate 3  # mistyped\n")
     line, expected, words = BAD[name]
     line = line.format(tmp=tmp_path, root=ROOT, tiny=" ".join(TINY[1:]))
@@ -231,7 +231,7 @@ def logged(folder, key):
 def differences(folder, other):
     """Relative differences of all weights and statistics, absolute where a norm is below 1e-5.
 
-    What is 0 but for rounding, as the bias of the last norm before a BatchNorm, has no relative one.
+    What is 0 but for rounding, as a bias before a BatchNorm, has no relative one.
     """
     theirs = weights(other)
     for key, value in weights(folder).items():
