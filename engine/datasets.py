@@ -439,7 +439,7 @@ def _lists_remark(places):
 
 
 def _ignored_remark(ignored):
-    """ignored: a Counter of the extensions of files that are no images."""
+    """ignored: a Counter of the extensions of files that are not images."""
     num_files = ignored.total()
     if num_files == 0:
         return ()

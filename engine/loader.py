@@ -40,7 +40,7 @@ class EpochBatchSampler(Sampler):
     The global batch is cut into world_size pieces in rank order, so that all ranks' batches
     together are the same for any number of ranks. The `num_dropped` images that don't fill a batch
     are not shown in this epoch. repeats: repeated augmentation; an epoch has as many views, of
-    fewer images, each shown that often. UserError for a batch size that can't be.
+    fewer images, each shown that often. UserError for an impossible batch size.
     """
 
     def __init__(self, num_images, batch_size, seed, repeats=1):

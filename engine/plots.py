@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.checkpoint import atomic_write
 from engine.decode import RGB
+from engine.errors import printable
 from engine.log import RENAMED_METRICS, read_log
 from moco.augmentation import denormalize, luminance
 
@@ -40,7 +41,8 @@ def plot_curves(*folders, out=None):
         if panel == "loss":
             _plot_chance(axes, runs)
     if len(runs) > 1:
-        _add_run_legend(figure, distinct_names(folders), num_columns, num_rows)
+        names = [drawable(name) for name in distinct_names(folders)]
+        _add_run_legend(figure, names, num_columns, num_rows)
     _save(figure, out or Path(folders[0], "curves.png"))
 
 
@@ -108,6 +110,15 @@ def distinct_names(folders):
         if len(set(names)) == len(names):
             break
     return names
+
+
+def drawable(text):
+    """The text with escapes for characters that the font lacks, and for unprintable ones."""
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    glyphs = font.get_charmap()  # code point → glyph
+    return "".join(c if ord(c) in glyphs else ascii(c)[1:-1] for c in printable(text))
 
 
 def plot_views(folder, x1, x2, pixel_format=RGB, max_images=10):

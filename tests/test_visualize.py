@@ -345,7 +345,7 @@ def test_runs_are_named_by_as_few_folders_as_tell_them_apart():
 @pytest.mark.parametrize(
     "args, line",
     [
-        (["curves", "nowhere"], "nowhere is no run: it has no log.jsonl"),
+        (["curves", "nowhere"], "nowhere is not the folder of a run: it has no log.jsonl"),
         (["curves", "nowhere", "--out", "x.pdf"], "must end in .png"),
         (["attention", "digits"], "--pretrained"),
         ([], "PICTURE"),

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from matplotlib import font_manager, rc_context
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from timm.layers import set_fused_attn
 
@@ -24,10 +24,10 @@ from engine import cli, launch
 from engine.checkpoint import atomic_write
 from engine.datasets import HuggingFaceDataset, evenly_spaced
 from engine.decode import RGB
-from engine.errors import UserError, printable
+from engine.errors import UserError
 from engine.evaluation import embed, iterate_eval_batches
 from engine.loader import UnreadableImages
-from engine.plots import plot_curves, to_rgb
+from engine.plots import drawable, plot_curves, to_rgb
 from engine.weights import create_pretrained_backbone
 from moco.builder import l2_normalize
 
@@ -91,7 +91,7 @@ def check_writable(path):
 def curves(args):
     for run in args.runs:
         if not Path(run, "log.jsonl").is_file():
-            raise UserError(f"{run} is no run: it has no log.jsonl")
+            raise UserError(f"{run} is not the folder of a run: it has no log.jsonl")
     plot_curves(*args.runs, out=args.out)
 
 
@@ -313,13 +313,6 @@ def image_captions(splits, dataset, indices):
         text = drawable(text)
         captions.append(text if len(text) <= 10 else f"{text[:3]}…{text[-6:]}")  # a cell's width
     return captions
-
-
-def drawable(text):
-    """The text with escapes for characters that the font lacks, and for unprintable ones."""
-    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
-    known = font.get_charmap()  # code point → glyph
-    return "".join(c if ord(c) in known else ascii(c)[1:-1] for c in printable(text))
 
 
 def create_grid(rows, columns, aspect, caption_lines=1):
