@@ -30,6 +30,7 @@ from moco import (
     set_lr,
     warmup_cosine_lr,
 )
+from moco.gradients import GradientMonitor
 
 
 def parse_args(argv=None):
@@ -110,6 +111,7 @@ def train_one_epoch(ddp_model, model, loader, optimizer, scaler, run):
     """
     args, env, pixel_format = run.args, run.env, loader.dataset.dataset.pixel_format
     chance = 4 * args.moco_t * math.log(args.batch_size)  # two terms of 2τ · ln N
+    grad_monitor = GradientMonitor(model.base_encoder)
     ddp_model.train()
     for crops, params in run.batches(loader):  # uint8 [2, N, C, H, W], float32 [2, N, 9]
         t = run.step / len(loader)  # in epochs
@@ -121,11 +123,11 @@ def train_one_epoch(ddp_model, model, loader, optimizer, scaler, run):
         x1, x2 = make_views(env.to_device(crops), params, pixel_format, lazy=args.encode_chunk > 0)
         with env.autocast():
             loss, metrics = ddp_model(x1, x2)
-        optimizer_step(loss, optimizer, scaler, args.clip_grad)
+        grads = optimizer_step(loss, optimizer, scaler, args.clip_grad, grad_monitor)
         model.update_momentum_encoder(m)
 
         # Saves when it is time to; raises Interrupted after a signal.
-        run.end_step(loss=loss, **metrics, chance=chance, lr=lr, m=m)
+        run.end_step(loss=loss, **metrics, **grads, chance=chance, lr=lr, m=m)
 
 
 def make_views(crops, params, pixel_format, lazy=False):
