@@ -31,6 +31,7 @@ from moco import (
     warmup_cosine_lr,
 )
 from moco.gradients import GradientMonitor
+from vits import POOLING
 
 
 def parse_args(argv=None):
@@ -46,6 +47,12 @@ def parse_args(argv=None):
     add("--moco-m", type=cli.fraction, default=0.99, help="momentum of the momentum encoder")
     add("--moco-m-cos", action="store_true", help="raise the momentum to 1 by half a cosine")
     add("--moco-t", type=cli.positive_float, default=1.0, help="temperature")
+    poses, pools = ("sincos", "learned", "none"), tuple(POOLING)
+    add("--pos-embed", choices=poses, default="sincos", help="position embedding of a ViT")
+    pool = "a ViT's features: class token, or average without it, with or without LayerNorm"
+    add("--pool", choices=pools, default="token", help=pool)
+    add("--no-head-bn", action="store_true", help="heads without BatchNorm")
+    add("--no-predictor", action="store_true", help="no predictor after the projector")
     add("--stop-grad-conv1", action="store_true", help="keep a ViT's patch projection random")
     add("--crop-min", type=cli.fraction, default=0.08, help="smallest crop, fraction of the area")
     count = cli.non_negative_int
@@ -152,6 +159,8 @@ def create_model(args, config, env):
         T=args.moco_t,
         encode_chunk=args.encode_chunk,
         compile=args.compile,
+        head_bn=not args.no_head_bn,
+        use_predictor=not args.no_predictor,
     )
     return model.to(env.device)
 
