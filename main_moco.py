@@ -30,6 +30,8 @@ from moco import (
     set_lr,
     warmup_cosine_lr,
 )
+from moco.gradients import GradientMonitor
+from vits import POOLING
 
 
 def parse_args(argv=None):
@@ -45,6 +47,12 @@ def parse_args(argv=None):
     add("--moco-m", type=cli.fraction, default=0.99, help="momentum of the momentum encoder")
     add("--moco-m-cos", action="store_true", help="raise the momentum to 1 by half a cosine")
     add("--moco-t", type=cli.positive_float, default=1.0, help="temperature")
+    poses, pools = ("sincos", "learned", "none"), tuple(POOLING)
+    add("--pos-embed", choices=poses, default="sincos", help="position embedding of a ViT")
+    pool = "a ViT's features: class token, or average without it, with or without LayerNorm"
+    add("--pool", choices=pools, default="token", help=pool)
+    add("--no-head-bn", action="store_true", help="heads without BatchNorm")
+    add("--no-predictor", action="store_true", help="no predictor after the projector")
     add("--stop-grad-conv1", action="store_true", help="keep a ViT's patch projection random")
     add("--crop-min", type=cli.fraction, default=0.08, help="smallest crop, fraction of the area")
     count = cli.non_negative_int
@@ -110,6 +118,7 @@ def train_one_epoch(ddp_model, model, loader, optimizer, scaler, run):
     """
     args, env, pixel_format = run.args, run.env, loader.dataset.dataset.pixel_format
     chance = 4 * args.moco_t * math.log(args.batch_size)  # two terms of 2τ · ln N
+    grad_monitor = GradientMonitor(model.base_encoder)
     ddp_model.train()
     for crops, params in run.batches(loader):  # uint8 [2, N, C, H, W], float32 [2, N, 9]
         t = run.step / len(loader)  # in epochs
@@ -121,11 +130,11 @@ def train_one_epoch(ddp_model, model, loader, optimizer, scaler, run):
         x1, x2 = make_views(env.to_device(crops), params, pixel_format, lazy=args.encode_chunk > 0)
         with env.autocast():
             loss, metrics = ddp_model(x1, x2)
-        optimizer_step(loss, optimizer, scaler, args.clip_grad)
+        grads = optimizer_step(loss, optimizer, scaler, args.clip_grad, grad_monitor)
         model.update_momentum_encoder(m)
 
         # Saves when it is time to; raises Interrupted after a signal.
-        run.end_step(loss=loss, **metrics, chance=chance, lr=lr, m=m)
+        run.end_step(loss=loss, **metrics, **grads, chance=chance, lr=lr, m=m)
 
 
 def make_views(crops, params, pixel_format, lazy=False):
@@ -150,6 +159,8 @@ def create_model(args, config, env):
         T=args.moco_t,
         encode_chunk=args.encode_chunk,
         compile=args.compile,
+        head_bn=not args.no_head_bn,
+        use_predictor=not args.no_predictor,
     )
     return model.to(env.device)
 

@@ -27,6 +27,15 @@ VITS = {
 }
 
 
+# Pooling of the last block's tokens into features; those without a class token are of the study in
+# Sec. 4.3 ("Class token").
+POOLING = {
+    "token": dict(global_pool="token"),  # the class token after the last LayerNorm
+    "norm_avg": dict(global_pool="avg", class_token=False, fc_norm=False),
+    "avg": dict(global_pool="avg", class_token=False, fc_norm=False),  # without a last LayerNorm
+}
+
+
 # kwargs: those of VisionTransformer below.
 def vit_nano(**kwargs):
     return VisionTransformer(**VITS["vit_nano"] | kwargs)
@@ -72,13 +81,21 @@ class VisionTransformer(TimmVisionTransformer):
     stop_grad_conv1: the patch projection stays at its random initialization, the paper's cure for
         instability (Sec. 4.3).
     conv_stem: four convolutions in place of the patch projection; patch_size is a power of 2.
+    pos_embed: "sincos" (fixed), "learned" or "none"; pool: one of POOLING. Both for the study.
     kwargs: as for timm's class, for example in_chans, drop_path_rate, num_classes (default 1000).
     """
 
     classifier_name = "head"
 
     def __init__(
-        self, img_size=224, patch_size=16, stop_grad_conv1=False, conv_stem=False, **kwargs
+        self,
+        img_size=224,
+        patch_size=16,
+        stop_grad_conv1=False,
+        conv_stem=False,
+        pos_embed="sincos",
+        pool="token",
+        **kwargs,
     ):
         img_size, patch_size = to_pair(img_size), to_pair(patch_size)
         if conv_stem and stop_grad_conv1:
@@ -92,12 +109,21 @@ class VisionTransformer(TimmVisionTransformer):
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             embed_layer=ConvStem if conv_stem else PatchEmbed,
             weight_init="skip",
+            pos_embed="none" if pos_embed == "none" else "learn",
+            **POOLING[pool],
             **kwargs,
         )
-        grid, dim = self.patch_embed.grid_size, self.embed_dim
-        self.pos_embed = nn.Parameter(sincos_position_embedding(*grid, dim), requires_grad=False)
-
-        nn.init.normal_(self.cls_token, std=1e-6)
+        dim = self.embed_dim
+        if pool == "avg":
+            self.norm = nn.Identity()
+        if pos_embed == "sincos":
+            table = sincos_position_embedding(*self.patch_embed.grid_size, dim)
+            table = table[:, 1 - self.num_prefix_tokens :]  # the first entry is the class token's
+            self.pos_embed = nn.Parameter(table, requires_grad=False)
+        elif pos_embed == "learned":
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
         for name, module in self.blocks.named_modules():
             if isinstance(module, nn.Linear):
                 xavier_uniform_(module, num_matrices=3 if name.endswith("qkv") else 1)

@@ -42,6 +42,8 @@ class BackboneConfig:
     img_size: tuple = (224, 224)
     patch_size: tuple | None = None
     small_stem: bool = False
+    pos_embed: str = "sincos"
+    pool: str = "token"
     pixel_format: PixelFormat = field(default_factory=PixelFormat)
 
     @classmethod
@@ -66,6 +68,8 @@ class BackboneConfig:
             img_size=args.img_size or checkpoint.get("img_size") or (224, 224),
             patch_size=args.patch_size or checkpoint.get("patch_size"),
             small_stem=args.small_stem or checkpoint.get("small_stem", False),
+            pos_embed=getattr(args, "pos_embed", None) or checkpoint.get("pos_embed", "sincos"),
+            pool=getattr(args, "pool", None) or checkpoint.get("pool", "token"),
             pixel_format=pixel_format_from_args(args, checkpoint),
         )
 
@@ -78,6 +82,8 @@ class BackboneConfig:
             drop_path,
             self.pixel_format.in_chans,
             self.small_stem,
+            self.pos_embed,
+            self.pool,
         )
 
     def to_dict(self):
@@ -87,6 +93,8 @@ class BackboneConfig:
             img_size=self.img_size,
             patch_size=self.patch_size,
             small_stem=self.small_stem,
+            pos_embed=self.pos_embed,
+            pool=self.pool,
             in_chans=self.pixel_format.in_chans,
             mean=self.pixel_format.mean,
             std=self.pixel_format.std,
@@ -115,17 +123,25 @@ def create_backbone(
     drop_path=0.0,
     in_chans=3,
     small_stem=False,
+    pos_embed="sincos",
+    pool="token",
 ):
     """A backbone without classifier by its `-a` name; ValueError for what can't act on it.
 
     img_size, patch_size: an int or (height, width), in pixels; patch_size None: the arch's own.
     drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
-    small_stem: a ResNet for small images, see create_resnet.
+    small_stem: a ResNet for small images, see create_resnet. pos_embed, pool: of our ViTs.
     """
+    is_default = pos_embed == "sincos" and pool == "token"
+    if arch not in VITS and not is_default:
+        raise UserError(f"--pos-embed and --pool are for the ViTs of vits.py, not for {arch}")
     if small_stem and arch not in RESNETS:
         raise UserError(f"--small-stem is for torchvision's ResNets, not for {arch}: drop it")
     if arch in VITS:
-        return create_vit(arch, img_size, patch_size, stop_grad_conv1, drop_path, in_chans)
+        options = dict(pos_embed=pos_embed, pool=pool)
+        return create_vit(
+            arch, img_size, patch_size, stop_grad_conv1, drop_path, in_chans, **options
+        )
     if arch in RESNETS:
         if stop_grad_conv1:
             raise UserError(f"--stop-grad-conv1 is for ViTs, not for {arch}: drop it")
@@ -139,8 +155,8 @@ def create_backbone(
     raise unknown_arch(arch)
 
 
-def create_vit(arch, img_size, patch_size, stop_grad_conv1, drop_path, in_chans):
-    options = dict(
+def create_vit(arch, img_size, patch_size, stop_grad_conv1, drop_path, in_chans, **options):
+    options |= dict(
         img_size=img_size,
         stop_grad_conv1=stop_grad_conv1,
         drop_path_rate=drop_path,

@@ -162,6 +162,8 @@ SCHEMA = {  # key: (predicate, what it should be)
     "img_size": (_is_size, "height and width"),
     "patch_size": (_is_size, "height and width"),
     "arch": (_is_text, "a text"),
+    "pos_embed": (_is_text, "a text"),
+    "pool": (_is_text, "a text"),
     "args": (_is_dict, "a dict"),
     "class_names": (_is_text_list, "a list of texts"),
     "data_digest": (_is_text, "a text"),

@@ -107,9 +107,11 @@ class MetricLogger:
 
     def log_step(self, step, **metrics):
         """After `step` steps in all. Tensors, `loss` among them, are 0-d, on the device, and are
-        averaged over the steps since the last line; numbers, such as lr, are written as they are.
+        averaged over the steps since the last line; of gradients, grad_…, the maximum is written,
+        too, as grad_…_max. Numbers, such as lr, are written as they are.
 
-        Returns the losses since the last line, [steps] on the CPU, when a line was written.
+        Returns the tensors' values since the last line, {name: [steps]} on the CPU, when a line
+        was due; else None.
         """
         tensors = {k: v for k, v in metrics.items() if isinstance(v, torch.Tensor)}
         numbers = {k: v for k, v in metrics.items() if k not in tensors}
@@ -124,18 +126,21 @@ class MetricLogger:
         values = self._average_pending()
         seconds = time.perf_counter() - self.since
         self.latest = dict(zip(self.names, values.mean(0).tolist()))
+        for name, value in zip(self.names, values.amax(0).tolist()):
+            if name.startswith("grad_"):
+                self.latest[f"{name}_max"] = value
         self.latest |= numbers | dict(
             images_per_s=self.timed_steps * self.batch_size / seconds,
             data_wait=self.waited / seconds,
         )
-        losses = values[:, self.names.index("loss")]
-        if losses.isfinite().all():
+        values = dict(zip(self.names, values.unbind(1)))
+        if values["loss"].isfinite().all():
             self._write_line(self.latest)
         self.pending = []
         self.start_timer()
         if self.bar is not None:
             self.bar.set_postfix_str(self._summary())
-        return losses
+        return values
 
     def _average_pending(self):
         """Over the ranks → [steps, scalars] on the CPU. Waits for the device; a collective."""
@@ -155,7 +160,8 @@ class MetricLogger:
         """The line after `epoch` epochs. Beside a bar only an evaluation is worth a line."""
         if not is_main() or (self.bar is not None and not evaluated):
             return
-        metrics = "".join(f"  {n} {self.latest[n]:.2f}" for n in self.names if n != "loss")
+        shown = [n for n in self.names if n != "loss" and not n.startswith("grad_")]
+        metrics = "".join(f"  {name} {self.latest[name]:.2f}" for name in shown)
         self.print(
             f"epoch {epoch}/{self.epochs}  {self._summary()}{metrics}  "
             f"{self.latest['images_per_s']:,.0f} images/s, "

@@ -17,6 +17,8 @@ PANELS = {
     "acc1": "top-1 accuracy on held-out images, %",
     "top1": "contrastive top-1, fraction of queries",
     "feature_std": "feature std (0: collapsed)",
+    "grad_linf": "largest gradient (ℓ∞), maximum since the line before",
+    "grad_l2": "gradient norm (ℓ2), maximum since the line before",
     "lr": "learning rate",
     "m": "momentum coefficient m",
 }
@@ -57,7 +59,8 @@ def collect_curves(runs):
             for key, value in line.items():
                 key = RENAMED_METRICS.get(key, key)
                 panel = key.replace("/", " ").split()[0]
-                if panel in PANELS:
+                is_mean = panel.startswith("grad_") and not key.endswith("_max")
+                if panel in PANELS and not is_mean:
                     curves[panel][key, run].append((line["epoch"], value))
     return curves
 
@@ -78,6 +81,8 @@ def _plot_panel(axes, panel, curves, several):
     if len(keys) > 1:
         handles = [Line2D([], [], color="gray", ls=dashes[key], label=key) for key in keys]
         axes.legend(fontsize=8, handles=handles if several else None)
+    if panel.startswith("grad_"):
+        axes.set_yscale("log")
     axes.set_title(PANELS[panel], fontsize=10)
     axes.set_xlabel("epoch", fontsize=9)
     axes.grid(alpha=0.3)

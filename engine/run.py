@@ -22,6 +22,7 @@ from engine.launch import all_gather_object, all_reduce_max, check_same_on_all_r
 from engine.loader import UnreadableImages, unpack_batches
 from engine.log import MetricLogger
 from engine.signals import Interrupted, catch_signals, pending_exit_code
+from engine.spikes import SpikeDetector
 from engine.weights import load_model, num_heads
 from moco.distributed import is_main, world_size
 
@@ -66,7 +67,8 @@ class Run:
         self.logger = MetricLogger(self.folder, self.args, self.steps_per_epoch)
         self.unreadable.print_fn = self.logger.print
         self.model, self.allow_divergence = stateful.pop("model"), allow_divergence
-        stateful |= dict(sampler=sampler, logger=self.logger)
+        self.spikes = SpikeDetector()
+        stateful |= dict(sampler=sampler, logger=self.logger, spikes=self.spikes)
         self.stateful = {name: part for name, part in stateful.items() if part is not None}
         self.class_names, self.was_numeric = splits.class_names, splits.was_numeric
         digest = dataset_digest(dataset, splits.class_names)
@@ -111,7 +113,8 @@ class Run:
         try:
             load_model(self.model, state, path)
             for name, part in self.stateful.items():
-                _load_state(part, state[name])
+                if name != "spikes" or name in state:  # older checkpoints have none
+                    _load_state(part, state[name])
             self.epoch, self.step = state["epoch"], self._find_step(path, state)
             self.logger.step = self.step
         # What missing, mistyped or mis-shaped entries can raise.
@@ -220,6 +223,8 @@ class Run:
                 outcome = "not saved" if self.failed_saves else "saved"
                 hint = "" if self.failed_saves else "; --resume auto continues"
                 print_rank0(f"stopped: {outcome} after step {self.step}{hint}", sys.stderr)
+            if self.spikes.counts["first"] or self.spikes.num_dips:
+                self.print(self.spikes)
             if self.unreadable.all:
                 self.print(self.unreadable)
 
@@ -247,9 +252,10 @@ class Run:
         are written as they are. UserError if the loss is not finite.
         """
         self.step += 1
-        losses = self.logger.log_step(self.step, **metrics)
-        if losses is not None:
-            self._check_losses(losses)
+        values = self.logger.log_step(self.step, **metrics)
+        if values is not None:
+            self._check_losses(values["loss"])
+            self._check_gradients(values)
             self.unreadable.sync()
         interval = 60 * self.args.save_minutes
         save_due = is_main() and 0 < interval < time.monotonic() - self.saved_at
@@ -262,6 +268,10 @@ class Run:
 
     def log_eval(self, text, **values):
         self.logger.log_eval(text, **values)
+        if "knn" in values and self.step > 0:
+            message = self.spikes.update_knn(values["knn"])
+            if message:
+                self.print(message)
 
     def end_epoch(self, keep_as=None, evaluated=True):
         """After an epoch and its evaluation; keep_as: a second name for its checkpoint."""
@@ -326,7 +336,18 @@ class Run:
             )
             checkpoints.save(self.folder, state, name=name)
 
-    # Divergence
+    # Instability and divergence
+
+    def _check_gradients(self, values):
+        """values: {name: [steps]} since the last line of the log."""
+        if "grad_linf/first" not in values:
+            return
+        first_step = self.step - len(values["loss"])
+        pairs = zip(values["grad_linf/first"].tolist(), values["grad_linf/last"].tolist())
+        for i, (first, last) in enumerate(pairs):
+            message = self.spikes.update(first_step + i, first, last)
+            if message:
+                self.print(message)
 
     def _check_losses(self, losses):
         finite = losses.isfinite()

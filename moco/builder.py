@@ -26,12 +26,23 @@ class MoCo(nn.Module):
         recomputes their activations; heads and loss see the whole batch, so the gradient is the
         same with less memory. Needs a backbone without BatchNorm.
     compile: torch.compile the encoders.
+    head_bn, use_predictor: False for the study of what they are worth (Sec. 4.3).
 
     `base_encoder(x)` remains [N, d], the features for downstream use: the projector passes its
     input through when the backbone calls it. ValueError for a backbone that breaks the contract.
     """
 
-    def __init__(self, backbone, dim=256, mlp_dim=4096, T=1.0, encode_chunk=0, compile=False):
+    def __init__(
+        self,
+        backbone,
+        dim=256,
+        mlp_dim=4096,
+        T=1.0,
+        encode_chunk=0,
+        compile=False,
+        head_bn=True,
+        use_predictor=True,
+    ):
         super().__init__()
         self.T, self.encode_chunk = T, encode_chunk
         self.call_encoder = torch.compile(call_encoder) if compile else call_encoder
@@ -47,9 +58,10 @@ class MoCo(nn.Module):
         name, d = find_classifier(backbone)
         resnet_form = ends_in_batchnorm(backbone)  # 2-layer projector, no BN after the predictor
         hidden = [mlp_dim] if resnet_form else [mlp_dim, mlp_dim]
-        backbone.set_submodule(name, Projector(*build_mlp([d, *hidden, dim])))
+        backbone.set_submodule(name, Projector(*build_mlp([d, *hidden, dim], bn=head_bn)))
         backbone.classifier_name, backbone.num_features = name, d
-        self.predictor = nn.Sequential(*build_mlp([dim, mlp_dim, dim], last_bn=not resnet_form))
+        layers = build_mlp([dim, mlp_dim, dim], bn=head_bn, last_bn=head_bn and not resnet_form)
+        self.predictor = nn.Sequential(*layers if use_predictor else [])
         self.base_encoder = backbone
         self.momentum_encoder = copy.deepcopy(backbone).requires_grad_(False)  # f_k = f_q at first
 
@@ -133,17 +145,19 @@ class Projector(nn.Sequential):
         return super().forward(h)
 
 
-def build_mlp(dims, last_bn=True):
+def build_mlp(dims, bn=True, last_bn=None):
     """Layers of a head: Linear without bias, BN and ReLU between, BN without affine last; Sec. 4.4.
 
-    dims: the input width, the hidden ones, the output width.
+    dims: the input width, the hidden ones, the output width. last_bn None: as bn.
     """
+    last_bn = bn if last_bn is None else last_bn
     layers = []
     for i, (d_in, d_out) in enumerate(zip(dims[:-1], dims[1:])):
         layers.append(nn.Linear(d_in, d_out, bias=False))
         is_last = i == len(dims) - 2
         if not is_last:
-            layers += [ViewBatchNorm(d_out), nn.ReLU(inplace=True)]
+            layers += [ViewBatchNorm(d_out)] if bn else []
+            layers.append(nn.ReLU(inplace=True))
         elif last_bn:
             layers.append(ViewBatchNorm(d_out, affine=False))
     return layers

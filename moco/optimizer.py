@@ -66,20 +66,23 @@ def create_optimizer(name, model, lr, wd):
     return torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=wd, fused=fused)
 
 
-def optimizer_step(loss, optimizer, scaler=None, clip_grad=None):
-    """Backward pass and one step. scaler: torch.amp.GradScaler for fp16.
+def optimizer_step(loss, optimizer, scaler=None, clip_grad=None, grad_monitor=None):
+    """Backward pass and one step → what grad_monitor returned, {} without it.
 
-    clip_grad: largest ℓ2 norm of the gradient of all parameters together.
+    scaler: torch.amp.GradScaler for fp16. clip_grad: largest ℓ2 norm of the gradient of all
+    parameters together. grad_monitor: called with gradients that are unscaled and not clipped.
     """
     if scaler is None:
         scaler = torch.amp.GradScaler(enabled=False)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    grad_metrics = {} if grad_monitor is None else grad_monitor()
     if clip_grad:
-        scaler.unscale_(optimizer)
         clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_grad)
     scaler.step(optimizer)
     scaler.update()
+    return grad_metrics
 
 
 def set_lr(optimizer, lr):

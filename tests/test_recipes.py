@@ -99,3 +99,46 @@ def test_every_recipe_is_in_a_table_and_later_flags_win():
     args = main_moco.parse_args([f"@{ROOT}/recipes/digits.txt", "--epochs", "9"])
     assert args.data == "digits" and args.epochs == 9
     create_backbone(args.arch, args.img_size, args.patch_size, args.stop_grad_conv1)
+
+
+# The paper's study (Sec. 4): what differs from the base of ViT-B, 300 epochs, batch 4096.
+LEARNED = dict(epochs=100, stop_grad_conv1=False)
+CONSTANT = dict(moco_m_cos=False)
+ABLATIONS = {
+    "batch_1024": dict(LEARNED, lr=1e-4, batch_size=1024),
+    "batch_2048": dict(LEARNED, lr=1e-4, batch_size=2048),
+    "batch_4096": dict(LEARNED, lr=1e-4),
+    "batch_6144": dict(LEARNED, lr=1e-4, batch_size=6144),
+    "lr_0.5e-4": dict(LEARNED, lr=0.5e-4),
+    "lr_1e-4": dict(LEARNED, lr=1e-4),
+    "lr_1.5e-4": dict(LEARNED),
+    "patch_fixed": dict(epochs=100),
+    "pos_embed_learned": dict(pos_embed="learned"),
+    "pos_embed_none": dict(pos_embed="none"),
+    "pool_norm_avg": dict(pool="norm_avg"),
+    "pool_avg": dict(pool="avg"),
+    "no_head_bn": dict(no_head_bn=True, batch_size=2048),
+    "no_predictor": dict(no_predictor=True),
+    "m_0": dict(CONSTANT, moco_m=0.0),
+    "m_0.9": dict(CONSTANT, moco_m=0.9),
+    "m_0.99": dict(CONSTANT),
+    "m_0.999": dict(CONSTANT, moco_m=0.999),
+    "vit_small_600": dict(arch="vit_small", epochs=600),
+    "vit_base_600": dict(epochs=600),
+    "vit_huge_300": dict(arch="vit_huge"),
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablation_differs_from_the_base_in_one_thing(name):
+    base = vars(main_moco.parse_args([f"@{ROOT}/recipes/vit_base_300.txt", "DIR"]))
+    args = vars(main_moco.parse_args([f"@{ROOT}/recipes/ablations/{name}.txt", "DIR"]))
+    assert args == base | ABLATIONS[name] | {"output_dir": f"runs/ablations/{name}"}
+
+
+def test_every_ablation_is_in_the_table_of_the_study():
+    names = {path.stem for path in (ROOT / "recipes" / "ablations").iterdir()}
+    assert names == ABLATIONS.keys()
+    page = (ROOT / "docs" / "study.md").read_text()
+    for name in names:
+        assert f"recipes/ablations/{name}.txt" in page, name
