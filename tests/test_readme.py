@@ -40,7 +40,7 @@ def commands():
     """(script, its arguments) of each indented line that calls one."""
     texts = [read(path) for path in DOCUMENTS]
     texts += [ast.get_docstring(ast.parse(read(ROOT / f"{name}.py"))) for name in SCRIPTS]
-    for recipe in (ROOT / "recipes").glob("*"):
+    for recipe in (ROOT / "recipes").glob("**/*.*"):
         texts.append(re.sub(r"^# ?", "", read(recipe), flags=re.MULTILINE))
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
         match = re.search(r"(?:python|torchrun|sbatch)\b.*\b(main_\w+|tools/\w+)\.py\s(.*)", line)
