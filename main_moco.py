@@ -63,6 +63,8 @@ def parse_args(argv=None):
     save = "keep every such checkpoint beside the last one"
     add("--save-every", type=count, default=0, metavar="EPOCHS", help=save)
     add("--knn-every", type=count, default=10, metavar="EPOCHS", help="evaluate kNN; 0: never")
+    knn_data = "labelled images for kNN alone, train and val, in any form of DIR"
+    add("--knn-data", metavar="DIR", help=knn_data)
     bank = "training images that kNN searches"
     add("--knn-bank", type=cli.positive_int, default=50_000, metavar="IMAGES", help=bank)
     args = parser.parse_args(argv)
@@ -70,6 +72,10 @@ def parse_args(argv=None):
         parser.error("--epochs 0 trains nothing (kNN alone: main_lincls.py --knn --epochs 0)")
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
+    if args.knn_data and args.val:
+        parser.error("--knn-data has images to validate: give it or --val")
+    if args.knn_every == 0 and (args.knn_data or args.val):
+        parser.error("--knn-data and --val are for kNN, which --knn-every 0 turns off")
     if args.init_from and args.resume not in (None, "auto"):
         parser.error("--init-from starts a run, --resume PATH continues one: give one of them")
     return args
@@ -81,6 +87,7 @@ def main(args):
 
     config = BackboneConfig.from_args(args)
     splits = cli.load_splits_from_args(args, config.pixel_format)
+    knn_splits = cli.load_knn_splits_from_args(args, splits, config.pixel_format)
     crops = TwoCrops(splits.train, config.img_size, args.crop_min, args.seed)
     sampler = EpochBatchSampler(len(crops), args.batch_size, args.seed)
     check_schedule(args, steps_per_epoch=len(sampler))
@@ -94,9 +101,9 @@ def main(args):
     run.restore(loader, config, splits, model=model, optimizer=optimizer, scaler=scaler)
     ddp_model = env.wrap_ddp(model)
     knn = None
-    if args.knn_every > 0 and splits.val is not None:
-        knn = KNN(splits, config.img_size, args.knn_bank, args.workers, env)
-    print_config(args, run, model, splits, sampler)
+    if args.knn_every > 0 and knn_splits.val is not None:
+        knn = KNN(knn_splits, config.img_size, args.knn_bank, args.workers, env)
+    print_config(args, run, model, splits, knn_splits, sampler)
     plot_first_views(run, crops)
 
     with run:
@@ -174,7 +181,7 @@ def evaluate(run, knn, model):
         )
 
 
-def print_config(args, run, model, splits, sampler):
+def print_config(args, run, model, splits, knn_splits, sampler):
     num_params = sum(p.numel() for p in model.parameters())
     peak_lr = scaled_lr(args.lr, args.batch_size)
     lines = dict(
@@ -183,6 +190,8 @@ def print_config(args, run, model, splits, sampler):
         batch=sampler,
         lr=f"{args.lr:g} · {args.batch_size}/256 = {peak_lr:g}, {args.optimizer}",
     )
+    if args.knn_data:
+        lines["knn"] = f"{args.knn_data}: {knn_splits.labelled_str()}"
     if args.in_chans != 3:
         lines["views"] = "without saturation, hue and grayscale, which need RGB"
     run.print_config(**lines)

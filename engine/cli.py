@@ -9,17 +9,18 @@ from pathlib import Path
 
 import torch
 
-from engine.datasets import NAMED_SETS, image_folders, load_splits
+from engine.datasets import NAMED_SETS, LabelError, load_splits, replace_val, require_labels
 from engine.decode import MAX_PIXELS
 from engine.errors import UserError, first_line, printable
+from engine.folders import image_folders
 from engine.launch import destroy_process_group
 from engine.signals import Interrupted
 
 # Flags that may differ when a run is resumed; any other one changes its mathematics.
 MAY_CHANGE = set(
     "data data_root workers amp device encode_chunk compile output_dir resume init_from print_freq "
-    "tensorboard save_every save_minutes timeout allow_changed_args knn_every knn_bank knn "
-    "max_bad_images".split()
+    "tensorboard save_every save_minutes timeout allow_changed_args val knn_every knn_bank knn "
+    "knn_data max_bad_images".split()
 )
 
 
@@ -75,7 +76,8 @@ def input_flags():
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
     names = " ".join(NAMED_SETS)
-    add("data", metavar="DIR", help=f"folder of images, list.txt, hf:NAME, or one of: {names}")
+    forms = f"folder of images, list.txt, .tar, hf:NAME, or one of: {names}"
+    add("data", metavar="DIR", help=forms)
     add(
         "-a", "--arch", default="resnet50", help="a ViT of vits.py, torchvision's ResNet, timm/NAME"
     )
@@ -117,6 +119,8 @@ def shared_flags():
     """Flags of all training scripts, as a parent for their parsers."""
     parser = argparse.ArgumentParser(add_help=False, parents=[input_flags()])
     add = parser.add_argument
+    val = "labelled images to validate, in any form of DIR, in place of DIR's own"
+    add("--val", metavar="DIR", help=val)
     max_bad = "largest fraction of unreadable training images (default: 0.001)"
     add("--max-bad-images", type=fraction, default=0.001, metavar="FRACTION", help=max_bad)
     add("--epochs", type=non_negative_int, default=100, help="passes over the data")
@@ -168,15 +172,41 @@ def check_downstream(parser, args):
         parser.error("--from-scratch leaves nothing for --evaluate")
     if args.evaluate and args.resume:
         parser.error("--evaluate measures --pretrained, --resume continues training: give one")
+    if args.evaluate and args.val:
+        parser.error("--evaluate measures the images in DIR: give them there, without --val")
     return args
 
 
 def load_splits_from_args(args, pixel_format):
-    """The images that DIR and the flags about it name → Splits."""
-    evaluate = getattr(args, "evaluate", False)
-    return load_splits(
-        args.data, args.data_root, pixel_format, args.hf_columns, args.hf_splits, evaluate
-    )
+    """The images that DIR, --val and the flags about them name → Splits."""
+    val, trains_only = getattr(args, "val", None), getattr(args, "knn_every", None) == 0
+    if getattr(args, "evaluate", False) or getattr(args, "split", None) == "val":
+        return _load(args, args.data, pixel_format, "val")
+    if trains_only or getattr(args, "knn_data", None):
+        return _load(args, args.data, pixel_format, "images")
+    if val:
+        splits = _load(args, args.data, pixel_format, "train")
+        return replace_val(splits, _load(args, val, pixel_format, "val"), args.data, val)
+    try:
+        return _load(args, args.data, pixel_format, "both")
+    except LabelError as error:
+        if not hasattr(args, "knn_every"):
+            raise
+        raise UserError(f"{error}; --knn-every 0 pre-trains without labels") from None
+
+
+def load_knn_splits_from_args(args, splits, pixel_format):
+    """The images that kNN is measured on: those of --knn-data, else `splits`."""
+    if not args.knn_data:
+        return splits
+    return require_labels(_load(args, args.knn_data, pixel_format, "both"), args.knn_data)
+
+
+def _load(args, path, pixel_format, need):
+    paths = [args.data, getattr(args, "val", None), getattr(args, "knn_data", None)]
+    takes_hf_flags = path.startswith("hf:") or not any(p and p.startswith("hf:") for p in paths)
+    hf_flags = (args.hf_columns, args.hf_splits) if takes_hf_flags else (None, None)
+    return load_splits(path, args.data_root, pixel_format, *hf_flags, need)
 
 
 def output_folder(args, default):
@@ -185,8 +215,10 @@ def output_folder(args, default):
     UserError if it is among the images: the run's pictures would be taken for some.
     """
     folder = Path(args.output_dir or f"runs/{default}")
-    if any(folder.resolve().is_relative_to(path.resolve()) for path in image_folders(args.data)):
-        raise UserError(f"--output-dir {folder} is among the images of {args.data}: move it")
+    for data in (args.data, args.val, getattr(args, "knn_data", None)):
+        places = image_folders(data) if data else []
+        if any(folder.resolve().is_relative_to(place.resolve()) for place in places):
+            raise UserError(f"--output-dir {folder} is among the images of {data}: move it")
     return folder
 
 

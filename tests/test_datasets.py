@@ -1,6 +1,8 @@
 """What a path or a name becomes: images, labels, and the names of the classes in order."""
 
+import gzip
 import hashlib
+import io
 import os
 import pickle
 import subprocess
@@ -13,20 +15,23 @@ import torch
 import torchvision
 from conftest import ROOT
 from PIL import Image
+from test_archives import pack
 
+from engine import named_sets
 from engine.datasets import (
     ArrayDataset,
     ImageFileDataset,
     Splits,
     dataset_digest,
     evenly_spaced,
-    image_folders,
     load_splits,
     relabel,
     require_labels,
 )
 from engine.decode import PixelFormat, UnreadableImage, decode_image
 from engine.errors import UserError
+from engine.folders import image_folders
+from engine.log import read_log
 
 
 def test_digits_are_split_four_to_one_without_overlap():
@@ -321,22 +326,22 @@ def test_numbers_whose_order_was_another_one_are_refused_without_class_names(ima
     for name in ("9", "10"):
         image_file(f"set/val/{name}/x.png")
     path = tmp_path / "set" / "val.txt"
-    by_folder = load_splits(str(tmp_path / "set"), evaluate=True)
+    by_folder = load_splits(str(tmp_path / "set"), need="val")
     assert relabel(by_folder, None, "old.pth")[0] is by_folder  # in this order before, too
     path.write_text("val/9/x.png\t9\nval/10/x.png\t10\n")
-    splits = load_splits(str(path), evaluate=True)
+    splits = load_splits(str(path), need="val")
     with pytest.raises(UserError, match=r"the order of its classes .* now it is 10 9 …"):
         relabel(splits, None, "old.pth")
     assert relabel(splits, ["9", "10"], "new.pth")[0].val.labels.tolist() == [0, 1]
     path.write_text("val/9/x.png\t09\nval/10/x.png\t10\n")
-    assert relabel(load_splits(str(path), evaluate=True), None, "old.pth")[1]
+    assert relabel(load_splits(str(path), need="val"), None, "old.pth")[1]
 
 
 def test_images_to_validate_alone_suffice_to_evaluate(image_file, tmp_path):
     for name in ("9", "10"):
         image_file(f"set/val/{name}/x.png")
     path = str(tmp_path / "set")
-    splits = load_splits(path, evaluate=True)
+    splits = load_splits(path, need="val")
     assert splits.train is None and splits.val.labels.tolist() == [0, 1]
     assert splits.class_names == ["10", "9"] and str(splits) == "2 images to validate"
     assert splits.labelled_str() == "2 images to validate, 2 classes"
@@ -344,11 +349,11 @@ def test_images_to_validate_alone_suffice_to_evaluate(image_file, tmp_path):
     with pytest.raises(UserError, match="needs labelled images to train on and to validate"):
         require_labels(load_splits(path), path)
     (tmp_path / "set" / "few.txt").write_text("val/9/x.png\t9\n")
-    splits = load_splits(f"{path}/few.txt", evaluate=True)
+    splits = load_splits(f"{path}/few.txt", need="val")
     assert len(splits.val) == 1 and splits.class_names == ["9"]
     (tmp_path / "set" / "few.txt").write_text("val/9/x.png\n")
     with pytest.raises(UserError, match="needs labelled images: the images have no labels"):
-        splits = load_splits(f"{path}/few.txt", evaluate=True)
+        splits = load_splits(f"{path}/few.txt", need="val")
         require_labels(splits, "few.txt", train=False)
 
 
@@ -579,7 +584,7 @@ def test_the_one_split_of_a_test_set_can_be_evaluated(image_file, tmp_path):
     with pytest.raises(UserError, match="has no train, but test extra: choose by --hf-splits"):
         load_splits(where)
     for names in (None, ["extra"]):
-        splits = load_splits(where, hf_splits=names, evaluate=True)
+        splits = load_splits(where, hf_splits=names, need="val")
         assert splits.train is None and splits.val.labels.tolist() == [1]
         assert splits.class_names == ["b", "a"]  # as declared
 
@@ -692,3 +697,237 @@ def test_pets_files(tmp_path):
     assert (len(data.train), len(data.val), data.num_classes) == (2, 1, 37)
     assert data.train_labelled.labels.tolist() == [0, 36] and data.val.labels.tolist() == [36]
     assert data.val.read(0).shape == (3, 30, 40)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+@pytest.mark.parametrize("place", ["raw", "files themselves"])
+def test_mnist_files(name, place, tmp_path, monkeypatch):
+    dataset = torchvision.datasets.MNIST if name == "mnist" else torchvision.datasets.FashionMNIST
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    folder = tmp_path / dataset.__name__ / "raw" if place == "raw" else tmp_path
+    sums = []
+    for file, _ in dataset.resources:
+        header = [2051, 3, 28, 28] if "images" in file else [2049, 3]
+        content = pixels.tobytes() if "images" in file else bytes([1, 9, 0])
+        content = gzip.compress(np.array(header, ">i4").tobytes() + content)
+        sums.append((file, _write(folder / file, content)))
+    monkeypatch.setattr(dataset, "resources", sums)
+    with pytest.raises(UserError, match=f"are not those of {name}"):
+        load_splits(name, tmp_path)  # but of a set whose files have the same names
+    monkeypatch.setattr(named_sets, "FIRST_LABELS", {name: [1, 9, 0]})
+    if place == "files themselves":  # compressed anew
+        monkeypatch.setattr(dataset, "resources", [(file, "0" * 32) for file, _ in sums])
+    data = load_splits(name, tmp_path)
+    assert data.train.labels.tolist() == data.val.labels.tolist() == [1, 9, 0]
+    assert data.num_classes == 10 and len(os.listdir(tmp_path)) == (1 if place == "raw" else 4)
+    gray = load_splits(name, tmp_path, PixelFormat(1)).train
+    for i in range(3):
+        assert torch.equal(gray.read(i), torch.from_numpy(pixels[i : i + 1]))
+        assert torch.equal(data.train.read(i), gray.read(i).expand(3, -1, -1))
+
+
+def test_imagenet_is_unpacked_from_its_own_archives(tmp_path, monkeypatch):
+    imagenet, root = torchvision.datasets.imagenet, tmp_path / "imagenet"
+    wnids, image = ["n01440764", "n01443537"], io.BytesIO()
+    Image.new("RGB", (8, 6)).save(image, "JPEG")
+    image = image.getvalue()
+    classes = {f"{n}.tar": pack({f"{n}_{i}.JPEG": image for i in range(2)}) for n in wnids}
+    sums = {
+        "train": ("train.tar", _write(root / "train.tar", pack(classes))),
+        "val": ("val.tar", _write(root / "val.tar", pack({f"{i}.JPEG": image for i in range(3)}))),
+    }
+    monkeypatch.setattr(imagenet, "ARCHIVE_META", imagenet.ARCHIVE_META | sums)
+    with pytest.raises(UserError, match=r"no imagenet under .*ILSVRC2012_devkit_t12"):
+        load_splits("imagenet", tmp_path)
+    names = {wnid: (f"the name of {wnid}",) for wnid in wnids}
+    torch.save((names, [wnids[1], wnids[0], wnids[1]]), root / "meta.bin")
+    monkeypatch.setattr(named_sets, "NUM_IMAGENET", {"train": 4, "val": 3})
+    alone = load_splits("imagenet", tmp_path, need="val")
+    assert alone.train is None and len(alone.val) == 3 and not (root / "train").exists()
+    data = load_splits("imagenet", tmp_path)
+    assert data.class_names == wnids and data.train_labelled.labels.tolist() == [0, 0, 1, 1]
+    assert data.val.labels.tolist() == [0, 1, 1] and data.val.read(0).shape == (3, 6, 8)
+    (root / "train" / wnids[0] / f"{wnids[0]}_1.JPEG").unlink()
+    with pytest.raises(UserError, match="train holds 3 images, not 4: delete it"):
+        load_splits("imagenet", tmp_path)
+
+
+# Images to validate from another place, and pre-training that needs no labels.
+
+
+def colored(folder, classes, n, size=16):
+    """folder/CLASS/0.png …, of one color per class."""
+    for label, color in classes.items():
+        (folder / label).mkdir(parents=True)
+        for i in range(n):
+            image = np.full((size, size, 3), color) + np.random.default_rng(i).integers(0, 20)
+            Image.fromarray(image.astype(np.uint8)).save(folder / label / f"{i}.png")
+    return folder
+
+
+COLORS = {"red": (200, 0, 0), "green": (0, 200, 0)}
+CPU = ["--workers", "0", "--device", "cpu"]
+STEPS = "--img-size 16 --patch-size 4 --batch-size 8 --epochs 1 --print-freq 1".split() + CPU
+MOCO = [*STEPS, *"-a vit_nano --optimizer adamw --warmup-epochs 0 --moco-dim 16".split()]
+MOCO += ["--moco-mlp-dim", "32"]
+
+
+@pytest.mark.parametrize("form", ["val", "flat", "list", "tar"])
+def test_a_classifier_is_measured_without_training_images(script, pretrained, tmp_path, form):
+    colored(tmp_path / "train", COLORS, 8)
+    colored(tmp_path / "val", COLORS, 2)
+    probe = "--from-scratch -a vit_nano --lr 10 --batchnorm --crop-min 0.9 --epochs 10".split()
+    argv = [tmp_path, *STEPS, *probe, "--output-dir", tmp_path / "probe"]
+    assert script("main_lincls.py", *argv)[0] == 0
+    test = tmp_path / "test"
+    paths = [f"{label}/{i}.png" for label in COLORS for i in range(3)]
+    colored(test / "val" if form == "val" else test, COLORS, 3)
+    if form == "list":
+        (test / "list.txt").write_text("".join(f"{path}\t{path.split('/')[0]}\n" for path in paths))
+        test = test / "list.txt"
+    elif form == "tar":
+        _write(tmp_path / "test.tar", pack({path: (test / path).read_bytes() for path in paths}))
+        test = tmp_path / "test.tar"
+    saved = ["--pretrained", tmp_path / "probe" / "linear_lr10.pth", *CPU]
+    argv = [test, *saved, "--evaluate", "--data-root", tmp_path / "root"]
+    code, out, err = script("main_lincls.py", *argv)
+    assert (code, err) == (0, "") and "top-1 100.00 % on 6 images" in out
+    code, out, err = script("main_finetune.py", *argv)
+    assert (code, err) == (0, "") and "on 6 images" in out
+    code, _, err = script("main_lincls.py", *argv, "--val", test)
+    assert code == 2 and "--evaluate measures the images in DIR" in err and err.count("\n") == 1
+    out, argv = tmp_path / "features.npz", [test, "--pretrained", pretrained, *CPU]
+    argv += ["--data-root", tmp_path / "root"]
+    code, _, err = script("tools/features.py", *argv, "--split", "val", "--out", out)
+    features = np.load(out)
+    assert code == 0 and sorted(features["labels"]) == [0, 0, 0, 1, 1, 1], err
+    assert features["classes"].tolist() == ["green", "red"]
+
+
+def test_images_to_validate_may_be_elsewhere(script, tmp_path):
+    colored(tmp_path / "set" / "train", COLORS, 8)
+    colored(tmp_path / "set" / "val" / "not read", {"x": (0, 0, 0)}, 1)
+    other = colored(tmp_path / "other", COLORS, 3)
+    val = ["--val", other, "--output-dir", tmp_path / "run"]
+    code, out, err = script("main_moco.py", tmp_path / "set", *MOCO, *val, "--knn-every", 1)
+    assert (code, err) == (0, "")
+    assert f"16 images to train on, 6 to validate; validated on {other}" in out
+    assert len([r for r in read_log(tmp_path / "run" / "log.jsonl") if "knn" in r]) == 2
+    # The training images may then be the class folders themselves; a part of the classes will do.
+    (other / "red").rename(tmp_path / "red")
+    for name in ("main_lincls.py", "main_finetune.py"):
+        data = [tmp_path / "set" / "train", "--val", other]
+        start = ["--pretrained", tmp_path / "run" / "checkpoint.pth", *STEPS]
+        more = ["--knn"]
+        if name == "main_finetune.py":
+            more = "--warmup-epochs 0 --warmup-lr 0 --min-lr 0".split()
+        code, out, err = script(name, *data, *start, *more, "--output-dir", tmp_path / name)
+        assert (code, err) == (0, "") and "1 of the 2 classes of" in out
+        assert "16 images to train on, 3 to validate" in out
+    resume = ["--resume", "auto", "--knn-data", tmp_path / "both", "--epochs", 1]
+    colored(tmp_path / "both" / "train", COLORS, 2)
+    colored(tmp_path / "both" / "val", COLORS, 2)
+    argv = [tmp_path / "set", *MOCO, *resume, "--output-dir", tmp_path / "run"]
+    code, out, err = script("main_moco.py", *argv)
+    assert (code, err) == (0, "") and "nothing left to do" in out
+
+    (other / "green").rename(other / "blue")
+    code, _, err = script("main_moco.py", tmp_path / "set", *MOCO, *val[:2])
+    assert code == 2 and f"--val {other} has classes that {tmp_path}/set does not know: blue" in err
+
+
+def test_pretraining_without_labels_is_watched_on_a_labelled_set(script, tmp_path):
+    colored(tmp_path / "images", {"2023": (9, 9, 9), "2024": (99, 9, 9)}, 8)
+    colored(tmp_path / "set" / "train", COLORS, 8)
+    colored(tmp_path / "set" / "val", COLORS, 2)
+    run = ["--output-dir", tmp_path / "run"]
+    argv = [tmp_path / "images", *MOCO, "--knn-data", tmp_path / "set", "--knn-every", 1, *run]
+    code, out, err = script("main_moco.py", *argv)
+    assert (code, err) == (0, "")
+    assert f"knn     {tmp_path}/set: 16 images to train on, 4 to validate, 2 classes" in out
+    assert "data    " in out and "16 images to train on\n" in out
+    assert [r["knn"] for r in read_log(tmp_path / "run" / "log.jsonl") if "knn" in r][-1] == 100
+    for flags, words in (
+        (["--val", tmp_path / "set"], "has none: pre-training takes --knn-data DIR with train and"),
+        (["--knn-data", tmp_path / "images"], "needs labelled images to train on and to validate"),
+        (["--knn-data", "x", "--val", "y"], "give it or --val"),
+        (["--knn-data", "x", "--knn-every", 0], "are for kNN, which --knn-every 0 turns off"),
+        (["--knn-data", tmp_path / "no"], f"{tmp_path}/no does not exist"),
+        (["--knn-data", tmp_path / "set", "--output-dir", tmp_path / "set/val/x"], "is among the"),
+    ):
+        data = tmp_path / "images" / "2023" if flags[0] == "--val" else tmp_path / "images"
+        code, _, err = script("main_moco.py", data, *MOCO, *run, "--resume", "auto", *flags)
+        assert code == 2 and words in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("flaw", ["flat val", "extra class", "empty class", "beside", "val list"])
+def test_pretraining_needs_no_labels_unless_knn_does(script, image_file, tmp_path, flaw):
+    colored(tmp_path / "set" / "train", COLORS, 8)
+    if flaw == "flat val":
+        image_file("set/val/1.png")
+    else:
+        more = {"x": (0, 0, 0)} if flaw == "extra class" else {}
+        colored(tmp_path / "set" / "val", COLORS | more, 1)
+    if flaw == "empty class":
+        (tmp_path / "set" / "train" / "blue").mkdir()
+    elif flaw == "beside":
+        image_file("set/train/1.png")
+    elif flaw == "val list":
+        (tmp_path / "set" / "val.txt").write_text("train/red/0.png\n")
+    argv = [tmp_path / "set", *MOCO, "--output-dir", tmp_path / "run"]
+    code, _, err = script("main_moco.py", *argv)
+    assert code == 2 and "--knn-every 0 pre-trains without labels" in err and err.count("\n") == 1
+    code, out, err = script("main_moco.py", *argv, "--knn-every", 0)
+    assert (code, err) == (0, "") and f"{16 + (flaw == 'beside')} images to train on\n" in out
+
+
+def test_a_run_goes_on_without_knn_and_without_val(script, tmp_path):
+    colored(tmp_path / "set" / "train", COLORS, 8)
+    val = colored(tmp_path / "set" / "val", COLORS, 1)
+    argv = [tmp_path / "set", *MOCO, "--output-dir", tmp_path / "run", "--epochs", 2]
+    assert script("main_moco.py", *argv, "--save-every", 1)[0] == 0
+    val.rename(tmp_path / "val")
+    resume = ["--resume", tmp_path / "run" / "checkpoint_0001.pth", "--knn-every", 0]
+    code, out, err = script("main_moco.py", *argv, *resume)
+    assert (code, err) == (0, "") and "resumed after step 2 of 4" in out
+
+
+def test_hugging_face_names_take_what_load_dataset_takes(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    colored(tmp_path / "set" / "one" / "train", COLORS, 2)
+    colored(tmp_path / "set" / "one" / "test", COLORS, 1)
+    colored(tmp_path / "set" / "two", COLORS, 3)
+    configs = "".join(f"- config_name: {n}\n  data_dir: {n}\n" for n in ("one", "two"))
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    where = f"hf:{tmp_path}/set"
+
+    def sizes(path, **options):
+        splits = load_splits(path, **options)
+        return len(splits.train), splits.val and len(splits.val)
+
+    assert sizes(f"{where}:one") == sizes(f"{where}:name=one") == (4, 2)
+    assert sizes(f"hf:imagefolder:data_dir={tmp_path}/set/one") == (4, 2)
+    assert sizes(f"hf:imagefolder:data_files={tmp_path}/set/two/*/*.png") == (6, None)
+    assert sizes(f"{where}:one", need="images") == (4, None)
+    for path, words in (
+        (where, r"pick one among the available configs: \['one', 'two'\]$"),
+        (f"{where}:three", r"'three' not found\. Available: \['one', 'two'\]"),
+        (f"{where}:colour=red", "'colour=red' is not CONFIG, nor one of name=VALUE revision="),
+        (f"{where}:one:name=two", "'name=two' is not CONFIG"),
+        (f"{where}:revision=main", "is a folder, it has no revision"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_splits(path)
+    calls = []
+
+    def note(*args, **options):
+        calls.append((args, options))
+        return {}
+
+    monkeypatch.setattr(datasets, "load_dataset", note)
+    with pytest.raises(UserError, match="has no train"):
+        load_splits("hf:org/set:en:revision=v1:data_files=hf://x/*.jpg")
+    options = dict(name="en", revision="v1", data_files="hf://x/*.jpg")
+    assert calls == [(("org/set",), options)]

@@ -197,7 +197,7 @@ def test_an_error_is_one_line(pretrained, tmp_path, script, out, flags, line):
 
 def test_a_split_that_is_missing_is_refused(pretrained, folders, tmp_path):
     with pytest.raises(UserError, match="has no val"):
-        run(pretrained, tmp_path / "f.npz", "--split", "val", data=folders / "train")
+        run(pretrained, tmp_path / "f.npz", "--split", "val", data=folders / "train/cat/deep")
 
 
 @pytest.mark.parametrize("name", ["features", "visualize"])
