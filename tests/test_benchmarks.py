@@ -20,10 +20,10 @@ import step
 
 CPU = torch.device("cpu")
 
-
 @pytest.mark.parametrize(
     "name",
     [
+        "archives",
         "attention",
         "listing",
         "probe",
