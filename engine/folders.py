@@ -116,8 +116,8 @@ def _ignored_remark(ignored):
 def _read_place(ignored, pixel_format, need, data_root, place, has_classes=True):
     """A list, a folder or an archive → Labelled, and a second one if an archive has train and val.
 
-    ignored: counts the extensions of files that are not images. has_classes: the folders in a folder
-    are its classes, as they are in train/.
+    ignored: counts the extensions of files that are not images. has_classes: the folders in a
+    folder are its classes, as they are in train/.
     """
     if place.suffix == ".txt" and place.is_file():
         try:

@@ -20,6 +20,7 @@ import step
 
 CPU = torch.device("cpu")
 
+
 @pytest.mark.parametrize(
     "name",
     [

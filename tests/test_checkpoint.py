@@ -95,9 +95,8 @@ def test_a_resnet_continues_exactly_from_either_memory_format(tmp_path, saved_as
 def test_a_position_embedding_of_another_grid_is_interpolated(tmp_path):
     wide = MoCo(create_backbone("vit_nano", (16, 64), 4), dim=32, mlp_dim=64)
     path = saved(tmp_path, wide, img_size=(16, 64))
-    args = SimpleNamespace(pretrained=path, arch=None, img_size=(32, 32), patch_size=None,
-                           small_stem=False, from_scratch=False,
-                           in_chans=None, mean=None, std=None, max_value=None, max_pixels=None)  # fmt: skip
+    flags = "arch patch_size small_stem from_scratch in_chans mean std max_value max_pixels".split()
+    args = SimpleNamespace(**dict.fromkeys(flags), pretrained=path, img_size=(32, 32))
     square, _ = weights.create_pretrained_backbone(args)
     embedding = wide.base_encoder.pos_embed
     assert square.pos_embed.shape == embedding.shape  # 4×16 cells and 8×8
