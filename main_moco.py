@@ -16,7 +16,7 @@ import torch
 from engine import checkpoint, cli, launch, plots, weights
 from engine.backbones import BackboneConfig, check_bf16_conv_gradients
 from engine.errors import UserError
-from engine.evaluation import KNN
+from engine.evaluation import FeatureMonitor
 from engine.loader import EpochBatchSampler, TwoCrops, create_loader, unpack_batches
 from engine.run import Run
 from moco import (
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--init-from", metavar="PATH", help="start from the weights of a checkpoint")
     save = "keep every such checkpoint beside the last one"
     add("--save-every", type=count, default=0, metavar="EPOCHS", help=save)
-    add("--knn-every", type=count, default=10, metavar="EPOCHS", help="evaluate kNN; 0: never")
+    add("--knn-every", type=count, default=10, metavar="EPOCHS", help="kNN and RankMe; 0: never")
     knn_data = "labelled images for kNN alone, train and val, in any form of DIR"
     add("--knn-data", metavar="DIR", help=knn_data)
     bank = "training images that kNN searches"
@@ -100,22 +100,21 @@ def main(args):
         weights.load_moco(model, checkpoint.load(args.init_from), args.init_from)
     run.restore(loader, config, splits, model=model, optimizer=optimizer, scaler=scaler)
     ddp_model = env.wrap_ddp(model)
-    knn = None
-    if args.knn_every > 0 and knn_splits.val is not None:
-        knn = KNN(knn_splits, config.img_size, args.knn_bank, args.workers, env)
+    monitor = FeatureMonitor(splits, knn_splits, config.img_size, args.knn_bank, args.workers, env)
     print_config(args, run, model, splits, knn_splits, sampler)
     plot_first_views(run, crops)
 
     with run:
-        if knn is not None and run.step == 0:
-            evaluate(run, knn, model)
+        if args.knn_every > 0 and run.step == 0:
+            evaluate(run, monitor, model)
         for epoch in range(run.epoch + 1, args.epochs + 1):
             train_one_epoch(ddp_model, model, loader, optimizer, scaler, run)
-            knn_due = knn is not None and (is_due(epoch, args.knn_every) or epoch == args.epochs)
-            if knn_due:
-                evaluate(run, knn, model)
+            is_last = args.knn_every > 0 and epoch == args.epochs
+            eval_due = is_last or is_due(epoch, args.knn_every)
+            if eval_due:
+                evaluate(run, monitor, model)
             keep_as = f"checkpoint_{epoch:04}.pth" if is_due(epoch, args.save_every) else None
-            run.end_epoch(keep_as, evaluated=knn_due)
+            run.end_epoch(keep_as, evaluated=eval_due)
 
 
 def train_one_epoch(ddp_model, model, loader, optimizer, scaler, run):
@@ -172,13 +171,17 @@ def create_model(args, config, env):
     return model.to(env.device)
 
 
-def evaluate(run, knn, model):
-    [accuracy] = knn(model.base_encoder, run.unreadable)
-    run.log_eval(f"kNN {accuracy:.1f} %", knn=accuracy)
+def evaluate(run, monitor, model):
+    """Logs kNN, where there are labels, and RankMe."""
+    values = monitor(model.base_encoder, run.unreadable)
+    text = f"RankMe {values['rankme']:.1f}"
+    if "knn" in values:
+        text = f"kNN {values['knn']:.1f} %, {text}"
+    run.log_eval(text, **values)
     if run.step == 0:
-        run.print(
-            f"kNN {accuracy:.1f} % before training, k {knn.k}, bank {len(knn.bank_indices):,}"
-        )
+        knn = monitor.knn
+        bank = f" (k {knn.k}, bank {len(knn.bank_indices):,})" if knn is not None else ""
+        run.print(f"before training: {text}{bank}")
 
 
 def print_config(args, run, model, splits, knn_splits, sampler):

@@ -5,6 +5,7 @@ computed alike whatever the number of processes, and every image counts once.
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from moco.builder import l2_normalize
 from moco.distributed import is_main, rank, world_size
 
 EVAL_BATCH_SIZE = 256  # images of one forward pass on one rank
+RANKME_IMAGES = 25_600  # as in its paper
 KNN_T = 0.07  # temperature of the votes (Wu et al. 2018, arXiv 1805.01978)
 
 
@@ -85,6 +87,24 @@ def format_accuracy(acc1, acc5, num_classes):
     return f"{text}, top-5 {acc5:.2f} %" if num_classes >= 5 else text
 
 
+@torch.no_grad()
+def encode_dataset(encoder, dataset, indices, img_size, workers, env, unreadable=None):
+    """Features of the images `indices` on every rank → float32 [n, d], which were read [n].
+
+    encoder: images → features [N, encoder.num_features], in eval mode. Unreadable images are 0.
+    """
+    features = torch.zeros(len(indices), encoder.num_features, device=env.device)
+    is_read = torch.zeros(len(indices), dtype=torch.long, device=env.device)
+    batches = iterate_eval_batches(dataset, indices, img_size, workers, env, unreadable)
+    for positions, images in batches:
+        with env.autocast():
+            h = encoder(images)
+        features[positions] = h.float()
+        is_read[positions] = 1
+    # Each image's features are from one rank, and 0 on the others.
+    return all_reduce_sum(features), all_reduce_sum(is_read).bool()
+
+
 class KNN:
     """Weighted kNN accuracy of an encoder's features on held-out images (paper Sec. 4, Fig. 1).
 
@@ -97,50 +117,94 @@ class KNN:
         num_images = len(splits.train_labelled)
         self.bank_indices = evenly_spaced(num_images, bank_size or num_images)
         self.k = min(200 if len(self.bank_indices) >= 10_000 else 20, len(self.bank_indices))
-        self.splits, self.img_size, self.workers, self.env = splits, img_size, workers, env
+        self.splits, self.settings, self.env = splits, (img_size, workers, env), env
 
     @torch.no_grad()
     def __call__(self, encoder, unreadable=None, k_values=None):
         """encoder: images → features [N, encoder.num_features] → accuracy in %, for each k."""
-        was_training = encoder.training
-        encoder.eval()
-        bank, bank_labels = self._encode_bank(encoder, unreadable)
+        with eval_mode(encoder):
+            return self.accuracy(
+                encoder, *self.encode_bank(encoder, unreadable), unreadable, k_values
+            )
+
+    def encode_bank(self, encoder, unreadable=None):
+        """Features [b, d] of the bank's images, which of them were read [b]; on every rank."""
+        dataset = self.splits.train_labelled
+        return encode_dataset(encoder, dataset, self.bank_indices, *self.settings, unreadable)
+
+    def accuracy(self, encoder, bank, is_read, unreadable=None, k_values=None):
+        """bank, is_read: as encode_bank returns them → accuracy in %, for each k."""
+        labels = self.splits.train_labelled.labels[self.bank_indices].to(self.env.device)
+        if not is_read.all():
+            bank, labels = bank[is_read], labels[is_read]
+        bank = l2_normalize(bank)
         k_values = [min(k, len(bank)) for k in k_values or [self.k]]
 
         val = self.splits.val
         correct = torch.zeros(len(k_values), dtype=torch.long, device=self.env.device)
-        indices = torch.arange(len(val))
-        for positions, queries in self._encode(encoder, val, indices, unreadable):
-            labels = val.labels[positions].to(self.env.device)
-            predicted = knn_predict(queries, bank, bank_labels, self.splits.num_classes, k_values)
-            correct += (predicted == labels[:, None]).sum(0)
-        encoder.train(was_training)
-        return [100 * n / len(val) for n in all_reduce_sum(correct).tolist()]
-
-    def _encode_bank(self, encoder, unreadable):
-        """Features [b, d] and labels [b] of the bank's readable images, on every rank."""
-        dataset, device = self.splits.train_labelled, self.env.device
-        bank = torch.zeros(len(self.bank_indices), encoder.num_features, device=device)
-        is_read = torch.zeros(len(bank), dtype=torch.long, device=device)
-        for positions, h in self._encode(encoder, dataset, self.bank_indices, unreadable):
-            bank[positions] = h
-            is_read[positions] = 1
-        # Each image's features are from one rank, and 0 on the others.
-        bank, is_read = all_reduce_sum(bank), all_reduce_sum(is_read).bool()
-        labels = dataset.labels[self.bank_indices].to(device)
-        if not is_read.all():
-            bank, labels = bank[is_read], labels[is_read]
-        return bank, labels
-
-    def _encode(self, encoder, dataset, indices, unreadable):
-        """This rank's batches of `indices` → positions in `indices` [n], unit features [n, d]."""
-        batches = iterate_eval_batches(
-            dataset, indices, self.img_size, self.workers, self.env, unreadable
-        )
+        batches = iterate_eval_batches(val, torch.arange(len(val)), *self.settings, unreadable)
         for positions, images in batches:
             with self.env.autocast():
-                h = l2_normalize(encoder(images))
-            yield positions, h
+                queries = encoder(images)
+            queries = l2_normalize(queries)
+            predicted = knn_predict(queries, bank, labels, self.splits.num_classes, k_values)
+            correct += (predicted == val.labels[positions].to(bank.device)[:, None]).sum(0)
+        return [100 * n / len(val) for n in all_reduce_sum(correct).tolist()]
+
+
+class FeatureMonitor:
+    """What features are worth during pre-training: RankMe, and kNN where there are labels.
+
+    splits: the training images; knn_splits: those of kNN, the same or others. RankMe is measured on
+    at most RANKME_IMAGES training images, un-augmented.
+    """
+
+    def __init__(self, splits, knn_splits, img_size, bank_size, workers, env):
+        self.knn = None
+        if knn_splits.val is not None:
+            self.knn = KNN(knn_splits, img_size, bank_size, workers, env)
+        self.dataset, self.settings = splits.train, (img_size, workers, env)
+        self.shares_bank = self.knn is not None and splits.train is knn_splits.train_labelled
+
+    @torch.no_grad()
+    def __call__(self, encoder, unreadable=None):
+        """→ {"knn": accuracy in %, "rankme": effective rank}, without knn where labels lack."""
+        values = {}
+        with eval_mode(encoder):
+            if self.knn is not None:
+                bank, is_read = self.knn.encode_bank(encoder, unreadable)
+                [values["knn"]] = self.knn.accuracy(encoder, bank, is_read, unreadable)
+            if not self.shares_bank:
+                indices = evenly_spaced(len(self.dataset), RANKME_IMAGES)
+                bank, is_read = encode_dataset(
+                    encoder, self.dataset, indices, *self.settings, unreadable
+                )
+        features = bank[is_read]
+        features = features[evenly_spaced(len(features), RANKME_IMAGES).to(features.device)]
+        return values | {"rankme": rankme(features)}
+
+
+@contextmanager
+def eval_mode(module):
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def rankme(features, eps=1e-7):
+    """Effective rank of features [n, d], from 1 (collapsed) to min(n, d).
+
+    exp(−Σ p·log p) of the normalized singular values p (Garrido et al. 2023, arXiv 2210.02885).
+    """
+    z = features.double().cpu()
+    n, d = z.shape
+    gram = z @ z.T if n < d else z.T @ z  # singular values² are its eigenvalues
+    singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    p = singular_values / singular_values.sum() + eps
+    return torch.exp(-(p * p.log()).sum()).item()
 
 
 def knn_predict(queries, bank, labels, num_classes, k_values, T=KNN_T):

@@ -14,6 +14,7 @@ from moco.augmentation import denormalize, luminance
 PANELS = {
     "loss": "loss",
     "knn": "kNN accuracy on held-out images, %",
+    "rankme": "RankMe, effective rank of the features",
     "acc1": "top-1 accuracy on held-out images, %",
     "top1": "contrastive top-1, fraction of queries",
     "feature_std": "feature std (0: collapsed)",
@@ -71,7 +72,7 @@ def _plot_panel(axes, panel, curves, several):
 
     keys = list(dict.fromkeys(key for key, _ in curves))
     dashes = dict(zip(keys, itertools.cycle(("-", "--", ":", "-."))))
-    marker = "." if panel in ("knn", "acc1") else None
+    marker = "." if panel in ("knn", "rankme", "acc1") else None
     for (key, run), points in curves.items():
         if several:
             style = dict(color=f"C{run}", ls=dashes[key], lw=1.2)

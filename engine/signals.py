@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import sys
 from contextlib import contextmanager, suppress
 
@@ -58,11 +59,23 @@ def _is_ignored(number):
 
 def _on_signal(number, frame):
     global _exit_code
+    if number == signal.SIGHUP:
+        _leave_closed_terminal()
     if number == signal.SIGINT and _exit_code == EXIT_CODES[signal.SIGINT]:
         raise KeyboardInterrupt
     _exit_code = EXIT_CODES[number]
     hint = ", a second time stops at once" if number == signal.SIGINT else ""
     if is_main():  # not print(), which the signal could have interrupted
         text = f"{signal.Signals(number).name}: stopping after this step{hint}\n"
-        with suppress(OSError):  # the terminal is gone
+        with suppress(OSError):  # a pipe that nobody reads any more
             os.write(sys.stderr.fileno(), text.encode())
+
+
+def _leave_closed_terminal():
+    """Sends output to /dev/null where the terminal is gone: writing to it would raise."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        # A terminal that was closed is still a character device, but no terminal any more.
+        if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+            os.dup2(null, stream)
+    os.close(null)

@@ -2,13 +2,22 @@
 
 import pytest
 import torch
+from conftest import TINY, launch
 from torch import nn
 
 import engine.evaluation
 from engine.backbones import create_backbone
 from engine.datasets import ArrayDataset, Splits, load_splits
-from engine.evaluation import KNN, accuracy, format_accuracy, iterate_eval_batches, knn_predict
+from engine.evaluation import (
+    KNN,
+    accuracy,
+    format_accuracy,
+    iterate_eval_batches,
+    knn_predict,
+    rankme,
+)
 from engine.launch import Env
+from engine.log import read_log
 from moco import MoCo
 
 ENV = Env(torch.device("cpu"))
@@ -115,3 +124,42 @@ def test_scores_of_classes_without_images_are_kept():
 def test_top_5_is_told_from_5_classes_on():
     assert format_accuracy(50, 100, 4) == "top-1 50.00 %"
     assert format_accuracy(50, 75.125, 5) == "top-1 50.00 %, top-5 75.12 %"
+
+
+def test_rankme_matches_the_formula():
+    z = torch.randn(200, 16, dtype=torch.float64) @ torch.randn(16, 16, dtype=torch.float64)
+    for features in (z, z.T.contiguous()):  # more images than channels, and fewer
+        s = torch.linalg.svdvals(features)
+        p = s / s.sum() + 1e-7
+        expected = torch.exp(-(p * p.log()).sum()).item()
+        assert rankme(features) == pytest.approx(expected, rel=1e-9)
+
+
+def test_rankme_counts_the_dimensions_that_features_use():
+    orthogonal, _ = torch.linalg.qr(torch.randn(300, 32))
+    assert rankme(orthogonal) == pytest.approx(32, rel=1e-4)
+    assert rankme(orthogonal[:, :5] @ torch.eye(5, 32)) == pytest.approx(5, rel=1e-3)
+    assert rankme(torch.ones(300, 32)) == pytest.approx(1, rel=1e-3)  # collapsed
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_rankme_is_the_same_on_any_number_of_processes(processes, tmp_path):
+    values = []
+    for number in (1, processes):
+        folder = tmp_path / str(number)
+        flags = ("--batch-size", 300, "--epochs", 1, "--output-dir", folder, "--amp", "off")
+        done = launch(number, "main_moco.py", *TINY, *flags)
+        assert done.returncode == 0, done.stderr
+        values.append(read_log(folder / "log.jsonl")[0]["rankme"])
+    assert values[0] == values[1] > 1
+
+
+def test_images_without_labels_have_a_rankme_and_no_knn(script, image_file, tmp_path):
+    for i in range(8):
+        image_file(f"images/{i}.png")
+    flags = ("--batch-size", 4, "--output-dir", tmp_path / "run")
+    code, out, error = script("main_moco.py", tmp_path / "images", *TINY[1:], *flags)
+    assert code == 0, error
+    lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "rankme" in line]
+    assert len(lines) == 3 and not any("knn" in line for line in lines)
+    assert "before training: RankMe " in out
