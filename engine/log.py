@@ -6,7 +6,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from engine.checkpoint import atomic_write
 from engine.launch import all_reduce_mean
@@ -24,7 +26,7 @@ class MetricLogger:
     """
 
     def __init__(self, folder, args, steps_per_epoch):
-        self.path, self.tensorboard = Path(folder, "log.jsonl"), args.tensorboard
+        self.path, self.args = Path(folder, "log.jsonl"), args
         self.steps_per_epoch, self.epochs = steps_per_epoch, args.epochs
         self.print_freq, self.batch_size = args.print_freq, args.batch_size
         self.step = self.num_lines = 0  # finished steps; lines of log.jsonl about them
@@ -75,11 +77,13 @@ class MetricLogger:
         with atomic_write(self.path, "w") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         self.file = open(self.path, "ab", buffering=0)
-        if self.tensorboard:
+        if self.args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             purge_step = self.step + 1 if self.step else None
             self.writer = SummaryWriter(self.path.parent, purge_step=purge_step)
+            if not self.step:
+                self._describe_run()
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -87,6 +91,16 @@ class MetricLogger:
             tqdm.monitor_interval = 0
             total = self.epochs * self.steps_per_epoch
             self.bar = tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True)
+
+    def _describe_run(self):
+        """Hyperparameters and views.png, for TensorBoard."""
+        plain = (bool, int, float, str)
+        hparams = {k: v if isinstance(v, plain) else str(v) for k, v in vars(self.args).items()}
+        self.writer.add_hparams(hparams, {}, run_name=".")
+        views = self.path.with_name("views.png")
+        if views.exists():
+            with Image.open(views) as image:
+                self.writer.add_image("views", np.array(image.convert("RGB")), dataformats="HWC")
 
     def close(self):
         for sink in (self.bar, self.writer, self.file):

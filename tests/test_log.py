@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from engine.log import MetricLogger, read_log
 from engine.plots import collect_curves, plot_curves, plot_views
@@ -95,8 +96,8 @@ def test_lines_that_a_full_disk_refused_follow_later(logger, tmp_path):
 def test_losses_that_are_not_finite_are_returned_and_not_written(logger, tmp_path, value):
     for step in range(1, 9):
         loss = torch.tensor(float(value) if step > 6 else 1.0)
-        losses = logger.log_step(step, loss=loss, top1=torch.tensor(0.5), lr=0.1)
-    assert losses.isfinite().tolist() == [True, True, False, False]
+        values = logger.log_step(step, loss=loss, top1=torch.tensor(0.5), lr=0.1)
+    assert values["loss"].isfinite().tolist() == [True, True, False, False]
     assert [line["loss"] for line in read_log(tmp_path / "log.jsonl")] == [1]
 
 
@@ -129,3 +130,17 @@ def test_logs_with_the_names_of_before_give_the_same_curves(tmp_path):
 
 def test_versions_name_the_packages_of_a_run():
     assert {"python", "torch", "torchvision", "timm", "git"} <= versions().keys()
+
+
+def test_tensorboard_has_the_hyperparameters_and_the_views(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = SimpleNamespace(epochs=2, batch_size=4, print_freq=1, tensorboard=True, img_size=(8, 8))
+    Image.new("RGB", (8, 8)).save(tmp_path / "views.png")
+    logger = MetricLogger(tmp_path, args, steps_per_epoch=5)
+    logger.open()
+    logger.log_step(1, loss=torch.tensor(2.0), lr=0.1)
+    logger.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["images"] == ["views"] and "loss" in events.Tags()["scalars"]
+    assert "_hparams_/session_start_info" in events.summary_metadata
