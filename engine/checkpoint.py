@@ -1,5 +1,6 @@
 """Checkpoint files: written atomically, read without running code, in the published layout."""
 
+import argparse
 import math
 import os
 import shutil
@@ -9,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from engine.errors import UserError, first_line
 
@@ -102,11 +104,24 @@ def read(path):
         if corrupt_member is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about old formats, which damage looks like
-                # weights_only: a file from elsewhere can't run code.
-                return torch.load(path, map_location="cpu", weights_only=True)
+                # weights_only: a file from elsewhere can't run code; nor does a Namespace of flags.
+                with safe_globals([argparse.Namespace]):
+                    content = torch.load(path, map_location="cpu", weights_only=True)
+                args = content.get("args") if isinstance(content, dict) else None
+                if isinstance(args, argparse.Namespace):
+                    content["args"] = vars(args)
+                return content
     except Exception as error:  # anything, for a damaged or foreign file
-        kind = type(error).__name__
-        raise DamagedCheckpoint(f"{path} can't be read as a checkpoint: {kind}") from None
+        reason = type(error).__name__
+        # Which fails, too, for what torch.save did not write.
+        with suppress(Exception), safe_globals([argparse.Namespace]):
+            names = sorted(get_unsafe_globals_in_checkpoint(path))
+            if names:
+                reason = (
+                    f"it holds {', '.join(names[:3])}, which could run code; if you trust it, load "
+                    "it with weights_only=False and torch.save its weights alone"
+                )
+        raise DamagedCheckpoint(f"{path} can't be read as a checkpoint: {reason}") from None
     raise DamagedCheckpoint(f"{path} is damaged: the checksum of {corrupt_member} is wrong")
 
 
