@@ -321,18 +321,23 @@ def _decode_with_pil(data, pixel_format):
             _check_max_value_acts(image, data)
         _repair_palette(image)
         image.load()
-        orientation = _pil_orientation(image)
-        if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip at 255
-            array = np.asarray(image)
-            if image.format in ("PNG", "PPM") and image.mode == "I":  # PIL makes 32 bits of 16
-                array = array.astype(np.uint16)
-            image = Image.fromarray(_to_uint8(array, pixel_format.max_value))
-        if pixel_format.in_chans in (1, 3):
-            tensor = tv.pil_to_tensor(_to_mode(image, "L" if pixel_format.in_chans == 1 else "RGB"))
-        elif image.mode in ("LA", "RGBA", "L", "RGB"):
-            tensor = _to_chw(np.asarray(image), pixel_format)
-        else:
-            raise ValueError(f"{image.mode} pixels, not --in-chans {pixel_format.in_chans}")
+        return convert_pil_image(image, pixel_format)
+
+
+def convert_pil_image(image, pixel_format):
+    """PIL's image → uint8 [C, H, W], upright; ValueError for what decode_image refuses."""
+    orientation = _pil_orientation(image)
+    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip at 255
+        array = np.asarray(image)
+        if image.format in ("PNG", "PPM") and image.mode == "I":  # PIL makes 32 bits of 16
+            array = array.astype(np.uint16)
+        image = Image.fromarray(_to_uint8(array, pixel_format.max_value))
+    if pixel_format.in_chans in (1, 3):
+        tensor = tv.pil_to_tensor(_to_mode(image, "L" if pixel_format.in_chans == 1 else "RGB"))
+    elif image.mode in ("LA", "RGBA", "L", "RGB"):
+        tensor = _to_chw(np.asarray(image), pixel_format)
+    else:
+        raise ValueError(f"{image.mode} pixels, not --in-chans {pixel_format.in_chans}")
     return _upright(tensor, orientation)
 
 

@@ -264,7 +264,7 @@ class CenterCrops(BatchDataset):
         crops, positions = [], []
         for n, index in enumerate(keys):
             try:
-                crops.append(self._crop(self.dataset.read(index)))
+                crops.append(self.crop(self.dataset.read(index)))
                 positions.append(n)
             except UnreadableImage as error:
                 unreadable[error.path] = error.reason
@@ -274,7 +274,8 @@ class CenterCrops(BatchDataset):
             crops = torch.empty(0, self.dataset.pixel_format.in_chans, *self.size).to(torch.uint8)
         return crops, torch.tensor(positions, dtype=torch.long)
 
-    def _crop(self, image):
+    def crop(self, image):
+        """uint8 [C, H, W] → uint8 [C, *size]."""
         if image.shape[1:] == self.size:
             return image
         # Crop very elongated images first: resizing them whole could allocate gigabytes.
