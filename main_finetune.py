@@ -114,7 +114,7 @@ def main(args):
 
 def evaluate_saved(args, env):
     """Prints the accuracy of the classifier in --pretrained."""
-    weights_key = "ema" if args.evaluate_ema else "state_dict"
+    weights_key = "ema" if args.evaluate_ema else None
     model, config, class_names = weights.create_classifier(args, weights_key)
     splits = cli.load_splits_from_args(args, config.pixel_format)
     require_labels(splits, args.data, train=False)

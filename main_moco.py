@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from engine import checkpoint, cli, launch, plots, weights
+from engine import cli, launch, plots, weights
 from engine.backbones import BackboneConfig, check_bf16_conv_gradients
 from engine.errors import UserError
 from engine.evaluation import FeatureMonitor
@@ -59,7 +59,7 @@ def parse_args(argv=None):
     chunk = "views that pass the backbone at a time: less memory, the same gradient"
     add("--encode-chunk", type=count, default=0, metavar="VIEWS", help=chunk)
     add("--compile", action="store_true", help="torch.compile the backbones")
-    add("--init-from", metavar="PATH", help="start from the weights of a checkpoint")
+    add("--init-from", metavar="PATH", help="weights to start from, of any kind")
     save = "keep every such checkpoint beside the last one"
     add("--save-every", type=count, default=0, metavar="EPOCHS", help=save)
     add("--knn-every", type=count, default=10, metavar="EPOCHS", help="kNN and RankMe; 0: never")
@@ -97,7 +97,9 @@ def main(args):
     optimizer = create_optimizer(args.optimizer, model, args.lr, args.wd)
     scaler = env.grad_scaler()
     if args.init_from and not run.resuming:
-        weights.load_moco(model, checkpoint.load(args.init_from), args.init_from)
+        message = weights.initialize_moco(model, args.init_from, args.arch)
+        if message:
+            launch.print_rank0(f"init    {message}")
     run.restore(loader, config, splits, model=model, optimizer=optimizer, scaler=scaler)
     ddp_model = env.wrap_ddp(model)
     monitor = FeatureMonitor(splits, knn_splits, config.img_size, args.knn_bank, args.workers, env)

@@ -54,8 +54,6 @@ class BackboneConfig:
         """
         checkpoint, path = checkpoint or {}, getattr(args, "pretrained", None)
         arch = checkpoint.get("arch") or args.arch
-        if arch is None:
-            raise UserError(f"{path} does not state its architecture: name it with -a")
         if args.arch not in (None, arch):
             raise UserError(f"{path} holds {arch}, not {args.arch}: drop -a {args.arch}")
         stored_chans = checkpoint.get("in_chans")

@@ -146,8 +146,8 @@ def pretrained_flags():
         "--pretrained",
         metavar="CKPT",
         required=True,
-        help="checkpoint of main_moco.py or of the official release; arch and sizes are taken "
-        "from it",
+        help="weights of ours, the official release, timm, DeiT, …; arch and sizes are taken from "
+        "them",
     )
     parser.set_defaults(arch=None, img_size=None, in_chans=None, from_scratch=False)
     return parser
@@ -157,7 +157,7 @@ def downstream_flags():
     """Flags of the scripts that start from pre-trained weights."""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
-    add("--pretrained", metavar="CKPT", help="pre-training checkpoint, ours or the official one")
+    add("--pretrained", metavar="CKPT", help="weights of ours, the official release, timm, DeiT, …")
     scratch = "control: random weights in the backbone of --pretrained or -a"
     add("--from-scratch", action="store_true", help=scratch)
     add("--evaluate", action="store_true", help="only measure the classifier in --pretrained")

@@ -1,38 +1,74 @@
 """Weights of checkpoints into models: everything must fit, and what does not is listed.
 
-The second half reads what other projects have written.
+The second half, read_weights, reads what we and other projects have written, for all scripts.
 """
 
+import inspect
 import json
 import math
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+import timm
 import torch
+from PIL import Image
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from engine import checkpoint as checkpoints
+from engine import cli
 from engine.backbones import RESNETS, BackboneConfig, Classifier, create_backbone
 from engine.checkpoint import without_module_prefix
+from engine.decode import convert_pil_image, decode_image
 from engine.errors import UserError
-from vits import VITS, to_pair
+from engine.launch import print_rank0
+from engine.loader import CenterCrops
+from moco.augmentation import normalize
+from vits import VITS, VisionTransformer, sincos_position_embedding, size_to_str, to_pair
+
+SIX_HEADS = "timm/vit_small_patch16_224"  # the ViT-S of timm, DeiT and DINO
 
 
 def load_moco(model, checkpoint, path):
     """Puts a pre-training checkpoint, ours or the official release's, into a MoCo."""
     state = without_module_prefix(checkpoint["state_dict"])
-    _require_encoder(state, "momentum_encoder", path)
+    if not any(key.startswith("momentum_encoder.") for key in state):
+        raise UserError(f"{path} holds no pre-training weights: it has no momentum_encoder")
     expected, backbone = model.state_dict(), model.base_encoder
     for key in ("base_encoder.pos_embed", "momentum_encoder.pos_embed"):
         if key not in state or key not in expected:
             continue
-        if backbone.pos_embed.requires_grad:  # learned
+        is_fixed = not backbone.pos_embed.requires_grad
+        if is_fixed and _is_sincos(state[key], backbone, checkpoint):
+            state[key] = expected[key]  # the table of the model's own image size
+        else:  # learned here, or by the model that this one was started from
             state[key] = _resample_pos_embed(state[key], backbone, checkpoint)
-        else:  # a fixed table is that of the model's own image size
-            state[key] = expected[key]
     load_state_dict_strict(model, state, checkpoint, path)
+
+
+def initialize_moco(model, path, arch):
+    """Starts a MoCo of `-a` arch from the weights in `path` → a line on what stays random, or None.
+
+    Takes all of a pre-training checkpoint. Where the heads are missing or of other widths, its
+    backbone starts both encoders.
+    """
+    # Of a ViT-S, -a vit_small tells what the user wants, not how many heads the file's has.
+    weights = read_weights(path, arch=arch if arch.startswith("timm/") else None)
+    encoders, name = ("base_encoder", "momentum_encoder"), model.base_encoder.classifier_name
+    prefixes = ("predictor.", *(f"{encoder}.{name}." for encoder in encoders))
+    own_heads = {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}
+    heads = {k: v for k, v in weights.heads.items() if k.startswith(prefixes)}
+    heads_fit = {k: v.shape for k, v in heads.items()} == {k: v.shape for k, v in own_heads.items()}
+    if heads_fit:
+        state = {f"base_encoder.{k}": v for k, v in weights.backbone.items()} | weights.heads
+    else:
+        state = {f"{e}.{k}": v for e in encoders for k, v in weights.backbone.items()} | own_heads
+    load_moco(model, weights.config | dict(state_dict=state), path)
+    if heads_fit:
+        return None
+    reason = "are of other widths there" if heads else "are not in it"
+    return f"{path} ({weights}) in both encoders; the heads {reason} and start at random"
 
 
 def load_model(model, checkpoint, path):
@@ -45,50 +81,70 @@ def load_model(model, checkpoint, path):
 
 
 def create_pretrained_backbone(args, drop_path=0.0):
-    """The backbone in --pretrained, base_encoder of a pre-training checkpoint → model, its config.
+    """The backbone in --pretrained, which read_weights takes → model, its config.
 
-    The config is the checkpoint's own unless flags say otherwise; a ViT's position embedding is
+    The config is the file's own unless flags say otherwise; a ViT's position embedding is
     interpolated to fit. --from-scratch: the same backbone with random weights.
     """
     path = args.pretrained
-    checkpoint = checkpoints.load(path) if path else {}
-    config = BackboneConfig.from_args(args, checkpoint)
+    weights = read_weights(path, arch=args.arch) if path else None
+    config = BackboneConfig.from_args(args, weights.config if path else None)
     model = config.create_backbone(drop_path=drop_path)
     if not args.from_scratch:
-        state = without_module_prefix(checkpoint["state_dict"])
-        _require_encoder(state, "base_encoder", path)
-        _load_backbone(model, _base_encoder(state, model), checkpoint, path)
+        _load_backbone(model, weights.backbone, weights.config, path)
+        if weights.kind != PRETRAINING:
+            print_rank0(f"weights {path} ({weights}){weights.without()}")
     return model, config
 
 
-def create_classifier(args, weights_key="state_dict"):
+def load_backbone(path, arch=None, img_size=None, mean=None, std=None):
+    """The backbone in a file that --pretrained takes → model, frozen and in eval mode; transform.
+
+    transform: what evaluation does to an image, see EvalTransform. arch, img_size, mean, std: as
+    the flags of these names, by default as the file states them.
+    """
+    parser = cli.Parser(parents=[cli.pretrained_flags()])
+    args = parser.parse_args(["images", "--pretrained", "path"])  # defaults of all others
+    args.pretrained, args.arch, args.mean, args.std = path, arch, mean, std
+    args.img_size = None if img_size is None else to_pair(img_size)
+    model, config = create_pretrained_backbone(args)
+    return model.requires_grad_(False).eval(), EvalTransform(config.img_size, config.pixel_format)
+
+
+class EvalTransform:
+    """A PIL image, a path or uint8 [C, H, W] → float32 [C, *img_size], cropped and normalized."""
+
+    def __init__(self, img_size, pixel_format):
+        self.crops, self.pixel_format = CenterCrops(None, img_size), pixel_format
+
+    def __call__(self, image):
+        if isinstance(image, str | Path):
+            image = decode_image(image, self.pixel_format)
+        elif isinstance(image, Image.Image):
+            image = convert_pil_image(image, self.pixel_format)
+        in_chans, mean, std = self.pixel_format[:3]
+        is_uint8 = isinstance(image, torch.Tensor) and image.dtype == torch.uint8
+        if not is_uint8 or image.shape[:-2] != (in_chans,):
+            raise ValueError(f"an image is a path, PIL's, or a uint8 tensor [{in_chans}, H, W]")
+        return normalize(self.crops.crop(image)[None].float() / 255, mean, std)[0]
+
+
+def create_classifier(args, weights_key=None):
     """The backbone and classifier in --pretrained → model, its config, class names or None.
 
-    weights_key: where a linear probe or fine-tuning left them, "state_dict" or "ema".
+    weights_key: "ema" for the moving average that fine-tuning left.
     """
     path = args.pretrained
-    checkpoint = checkpoints.load(path)
-    config = BackboneConfig.from_args(args, checkpoint)
+    weights = read_weights(path, arch=args.arch, weights_key=weights_key)
+    config = BackboneConfig.from_args(args, weights.config)
     model = config.create_backbone()
-    if weights_key not in checkpoint:
-        raise UserError(f"{path} holds no {weights_key!r}")
-    state = without_module_prefix(checkpoint[weights_key])
-    weight = state.get(f"{model.classifier_name}.weight")
-    if weight is None or _base_encoder(state, model):
+    classifier = {f"{model.classifier_name}.{name}" for name in ("weight", "bias")}
+    if weights.heads.keys() != classifier:
         raise UserError(f"{path} has no classifier to evaluate: train one without --evaluate")
-    model.set_submodule(model.classifier_name, Classifier(model.num_features, len(weight)))
-    _load_backbone(model, state, checkpoint, path)
-    return model, config, checkpoint.get("class_names")
-
-
-def _base_encoder(state, model):
-    """The backbone's part of a pre-training state_dict; empty for any other."""
-    head = f"base_encoder.{model.classifier_name}."
-    return {
-        key.removeprefix("base_encoder."): value
-        for key, value in state.items()
-        if key.startswith("base_encoder.") and not key.startswith(head)
-    }
+    num_classes = len(weights.heads[f"{model.classifier_name}.weight"])
+    model.set_submodule(model.classifier_name, Classifier(model.num_features, num_classes))
+    _load_backbone(model, weights.backbone | weights.heads, weights.config, path)
+    return model, config, weights.config.get("class_names")
 
 
 def _load_backbone(model, state, checkpoint, path):
@@ -156,14 +212,22 @@ def _resample_pos_embed(pos_embed, backbone, checkpoint):
         return pos_embed
     # timm's ViTs with registers have no entry for any prefix token, ours one for the class token.
     num_prefix = own.shape[1] - math.prod(grid)
+    if old_grid and pos_embed.shape[1] != num_prefix + math.prod(old_grid):
+        return pos_embed
     return resample_abs_pos_embed(pos_embed, grid, old_grid, num_prefix_tokens=num_prefix)
 
 
-def _require_encoder(state, encoder, path):
-    if not any(key.startswith(f"{encoder}.") for key in state):
-        has_classifier = "head.weight" in state or "fc.weight" in state
-        hint = "; with a classifier it is for --evaluate" if has_classifier else ""
-        raise UserError(f"{path} holds no pre-training weights: it has no {encoder}{hint}")
+def _is_sincos(pos_embed, backbone, checkpoint):
+    """Whether a position embedding is MoCo v3's table for the checkpoint's own image size."""
+    if not isinstance(backbone, VisionTransformer) or pos_embed.ndim != 3:
+        return False
+    size, grid = checkpoint.get("img_size"), backbone.patch_embed.grid_size
+    if size:
+        grid = [side // patch for side, patch in zip(size, backbone.patch_embed.patch_size)]
+    elif pos_embed.shape != backbone.pos_embed.shape:
+        grid = [math.isqrt(pos_embed.shape[1] - 1)] * 2
+    table = sincos_position_embedding(*grid, backbone.embed_dim)
+    return pos_embed.shape == table.shape and torch.allclose(pos_embed.float(), table, atol=1e-5)
 
 
 def shorten(keys, max_keys=4):
@@ -177,8 +241,8 @@ def shorten(keys, max_keys=4):
 
 PRETRAINING = "MoCo v3 pre-training"  # ours or the official release's
 CLASSIFIER = "MoCo v3 with a classifier"
-MM = "MMSelfSup or MMPretrain"
-PLAIN = "timm, DeiT or torchvision"
+PREFIXED = "MMSelfSup, MMPretrain or DINO"
+PLAIN = "timm, torchvision, DeiT, MAE or DINO"
 
 # Beginnings of the names in MMPretrain's ViT, and timm's; the first that matches is replaced.
 MM_TO_TIMM = (
@@ -191,14 +255,21 @@ MM_TO_TIMM = (
 )
 
 
+# What timm's config.json may give to the model: backbones.py, or tools/convert.py, knows them.
+TIMM_OPTIONS = set(
+    "img_size patch_size in_chans num_classes drop_rate drop_path_rate embed_dim depth "
+    "num_heads".split()
+)
+
+
 class Weights(NamedTuple):
     """A backbone's weights by our names, whichever project wrote them.
 
     kind: one of the four above. backbone: tensors by name, without the classifier. heads: all other
     tensors, by their names in the file: a classifier, or projectors, predictor and momentum
-    encoder. config: what the file states or its shapes tell, by the keys of our checkpoints: arch,
-    img_size, patch_size, small_stem, in_chans, num_heads (None: not stated), and where the file has
-    them mean, std, max_value, class_names.
+    encoder, or a decoder. config: what the file states or its shapes tell, by the keys of our
+    checkpoints: arch, img_size, patch_size, small_stem, in_chans, num_heads (None: not known), and
+    where the file has them mean, std, max_value, class_names.
     """
 
     path: str
@@ -213,42 +284,62 @@ class Weights(NamedTuple):
         load_state_dict_strict(model, self.backbone, self.config, self.path)
         return model
 
+    def __str__(self):
+        heads = f", {self.config['num_heads']} heads" if self.config["num_heads"] else ""
+        size = size_to_str(self.config["img_size"])
+        return f"{self.kind}: {self.config['arch']}{heads}, {size} pixels"
 
-def read_weights(path, num_heads=None):
+    def without(self, kept=()):
+        """Names what is not taken: ", without …", or nothing. kept: names of heads that are."""
+        prefix = "base_encoder." if self.kind == PRETRAINING else ""
+        dropped = {k.removeprefix(prefix).split(".")[0] for k in self.heads if k not in kept}
+        return f", without {', '.join(sorted(dropped))}" if dropped else ""
+
+
+def read_weights(path, num_heads=None, arch=None, weights_key=None):
     """A .pth, a .safetensors or a folder of timm's → Weights.
 
     Its names tell who wrote it: MoCo v3 (ours or the official release's, from pre-training or with
-    a classifier), MMSelfSup and MMPretrain 1.x (ViT and ResNet), timm, DeiT, torchvision.
-    num_heads: of a ViT-S, where the file does not state them.
-    UserError for a file that can't be read or is none of these, and where num_heads is missing.
+    a classifier), MMSelfSup and MMPretrain 1.x (ViT and ResNet), timm, torchvision, DeiT, MAE,
+    DINO. arch: a `-a` name, where the file states none; num_heads: only those of its ViT-S.
+    weights_key: "ema" for the moving average in a checkpoint of ours.
+    UserError for a file that can't be read or is none of these, and where the heads are not known.
     """
-    content, state = _read_state_dict(path)
+    content, state = _read_state_dict(path, weights_key)
     kind = _recognize(state)
     state = without_module_prefix(state)
-    prefix = {PRETRAINING: "base_encoder.", MM: "backbone."}.get(kind, "")
+    if any(key.startswith("linears.") for key in state):
+        raise UserError(f"{path} has a probe's classifiers alone: take linear_lr….pth beside it")
+    prefix = {PRETRAINING: "base_encoder.", PREFIXED: "backbone."}.get(kind, "")
     encoder = {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }
-    if kind == MM:
+    if kind == PREFIXED:
         encoder = {_mm_to_timm(key): value for key, value in encoder.items()}
-    config = _find_config(path, kind, content, encoder, num_heads)
-    head = f"{_classifier_name(config)}."
-    backbone = {key: value for key, value in encoder.items() if not key.startswith(head)}
+    config = _find_config(path, kind, content, encoder, num_heads, arch)
+    # mask_token and decoder_…: what MAE pre-trains with and then drops.
+    unused = (f"{_classifier_name(config)}.", "mask_token", "decoder_")
+    backbone = {key: value for key, value in encoder.items() if not key.startswith(unused)}
     heads = {
         key: value
         for key, value in state.items()
-        if not key.startswith(prefix) or key.startswith(prefix + head)
+        if not key.startswith(prefix) or key.removeprefix(prefix).startswith(unused)
     }
     return Weights(str(path), kind, backbone, heads, config)
 
 
-def _read_state_dict(path):
+def _read_state_dict(path, weights_key=None):
     """A file, or a folder of timm's → what it states beside the weights, the weights by name."""
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     content = _read_timm(file) if file.suffix == ".safetensors" else checkpoints.read(file)
     content = content if isinstance(content, dict) else {}
+    if weights_key is not None and weights_key not in content:
+        raise UserError(f"{file} holds no {weights_key!r}")
+    keys = [weights_key] if weights_key else ["state_dict", "model", "teacher", "student"]  # DINO's
+    state = next((content[key] for key in keys if key in content), None)
+    if state is None:  # the weights alone
+        content, state = {}, content
     checkpoints.validate(content, file)
-    state = content.get("state_dict", content.get("model", content))
     items = state.items() if isinstance(state, dict) else ()
     if not items or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in items):
         raise UserError(f"{file} holds no weights by name")
@@ -259,18 +350,25 @@ def _read_timm(file):
     """A .safetensors, config.json beside it or not → the same as a checkpoint of ours."""
     from safetensors.torch import load_file
 
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {file}")
     try:
         content, path = dict(state_dict=load_file(file)), file.with_name("config.json")
         if path.is_file():
-            content |= _read_timm_config(json.loads(path.read_text()))
+            content |= _read_timm_config(json.loads(path.read_text()), path)
         return content
+    except UserError:
+        raise
     except Exception as error:  # whatever a damaged or foreign file provokes
         raise UserError(f"{file} can't be read as timm's: {type(error).__name__}") from None
 
 
-def _read_timm_config(config):
+def _read_timm_config(config, path):
     """config.json of timm's → the same by the keys of our checkpoints."""
-    options, images = config.get("model_args") or {}, config["pretrained_cfg"]
+    options, images = config.get("model_args") or {}, config.get("pretrained_cfg", config)
+    unknown = options.keys() - TIMM_OPTIONS
+    if unknown:
+        raise UserError(f"{path} has model_args that can't be built: {shorten(unknown)}")
     in_chans, *size = images["input_size"]
     stated = {key: tuple(images[key]) for key in ("mean", "std") if key in images}
     stated["in_chans"] = options.get("in_chans") or in_chans
@@ -292,7 +390,7 @@ def _recognize(state):
     if any(key.startswith("base_encoder.") for key in keys):
         return PRETRAINING
     if any(key.startswith("backbone.") for key in keys):
-        return MM
+        return PREFIXED
     if any(key.startswith("module.") for key in state):
         return CLASSIFIER
     return PLAIN
@@ -304,36 +402,60 @@ def _mm_to_timm(name):
     return name
 
 
-def _find_config(path, kind, content, encoder, num_heads):
-    """Weights.config: what the file states, or the shapes of its weights tell."""
-    arch, num_heads = content.get("arch") or "", content.get("num_heads") or num_heads
-    if arch not in (*VITS, *RESNETS) and not arch.startswith("timm/"):
+def _find_config(path, kind, content, encoder, num_heads, arch):
+    """Weights.config: what the file states, or the shapes of its weights tell, or arch does."""
+    stated_heads, arch = content.get("num_heads"), _find_stated_arch(content) or arch
+    if arch is None:
         arch = _find_arch(path, encoder)
         if arch == "vit_small" and kind != PRETRAINING:
-            if num_heads is None:
+            heads = stated_heads or num_heads
+            if heads is None:
                 raise UserError(
-                    f"{path} does not say how many attention heads it has: --num-heads 12 if it is "
-                    "MoCo v3's, 6 if it is timm's or DeiT's"
+                    f"{path} does not say how many attention heads it has, 12 (MoCo v3's ViT-S) or "
+                    f"6 (timm's, DeiT's, DINO's): -a vit_small or -a {SIX_HEADS} beside "
+                    "--pretrained; for --init-from, tools/convert.py --num-heads 12 or 6"
                 )
-            arch = "timm/vit_small_patch16_224" if num_heads == 6 else arch
+            arch = SIX_HEADS if heads == 6 else arch
+    if arch in VITS:
+        stated_heads = stated_heads or VITS[arch]["num_heads"]
 
     img_size, patch_size = content.get("img_size"), content.get("patch_size")
     if "cls_token" in encoder and not img_size:
-        img_size, patch_size = _find_size(path, encoder)
-    optional = ("mean", "std", "max_value", "class_names")
-    return dict(
+        img_size, patch_size = _find_size(encoder)
+        if img_size is None and arch in VITS:
+            raise UserError(
+                f"{path} states no image size, and has no patches that make up a square"
+            )
+    if img_size is None and arch.startswith("timm/"):
+        img_size = getattr(timm.get_pretrained_cfg(arch[5:]), "input_size", (3, 224, 224))[1:]
+    stem = _find_stem(encoder)
+    keys = (*BackboneConfig(arch).to_dict(), "class_names")
+    return {key: content[key] for key in keys if content.get(key)} | dict(
         arch=arch,
         img_size=to_pair(img_size or 224),
         patch_size=to_pair(patch_size) if patch_size else None,
-        small_stem=bool(content.get("small_stem")),
-        in_chans=content.get("in_chans") or 3,
-        num_heads=content.get("num_heads"),
-        **{key: content[key] for key in optional if content.get(key)},
+        small_stem=arch in RESNETS and stem[2:] == (3, 3),
+        in_chans=content.get("in_chans") or stem[1],
+        num_heads=stated_heads,
     )
+
+
+def _find_stated_arch(content):
+    """The `-a` name that a file states, as ours, timm's or DeiT's do; else None."""
+    for name in (content.get("arch"), (content.get("args") or {}).get("model")):
+        if not isinstance(name, str):
+            continue
+        if name in (*VITS, *RESNETS) or name.startswith("timm/"):
+            return name
+        name = name.split(".")[0]  # without timm's tag of the weights
+        if timm.is_model(name):
+            return f"timm/{name}"
+    return None
 
 
 def _find_arch(path, encoder):
     """A ViT's width, depth and stem name it, a ResNet's shapes."""
+    hint = "name it with -a, for example -a timm/NAME"
     if "cls_token" in encoder:
         dim = encoder["cls_token"].numel()
         depth = len({key.split(".")[1] for key in encoder if key.startswith("blocks.")})
@@ -341,27 +463,34 @@ def _find_arch(path, encoder):
         for arch, vit in VITS.items():
             if shape == (vit["embed_dim"], vit["depth"], vit.get("conv_stem", False)):
                 return arch
-        raise UserError(f"{path} is none of the ViTs of vits.py: {dim} wide, {depth} blocks")
+        size = f"{dim} wide, {depth} blocks"
+        raise UserError(f"{path} is none of the ViTs of vits.py ({size}): {hint}")
     shapes = {key: v.shape for key, v in encoder.items() if not key.startswith("fc.")}
+    stem = _find_stem(encoder)
     for arch in RESNETS:
         with torch.device("meta"):
-            expected = create_backbone(arch).state_dict()
-        if {key: v.shape for key, v in expected.items()} == shapes:
+            model = create_backbone(arch, in_chans=stem[1], small_stem=stem[2:] == (3, 3))
+        if {key: v.shape for key, v in model.state_dict().items()} == shapes:
             return arch
-    raise UserError(
-        f"{path} is by its keys neither a ViT nor a ResNet: other backbones of timm are read from "
-        "our checkpoints and from folders with timm's config.json"
-    )
+    raise UserError(f"{path} is by its keys neither a ViT nor a ResNet: {hint}")
 
 
-def _find_size(path, vit):
-    """img_size, taken as a square, and patch_size, by the shapes of a ViT's weights."""
+def _find_stem(encoder):
+    """Shape of the first convolution of a ViT or ResNet: [out, in_chans, height, width]."""
+    for key in ("patch_embed.proj.weight", "patch_embed.proj.0.weight", "conv1.weight"):
+        if key in encoder and encoder[key].ndim == 4:
+            return tuple(encoder[key].shape)
+    return 64, 3, 7, 7
+
+
+def _find_size(vit):
+    """img_size, taken as a square, and patch_size, by the shapes of a ViT's weights; or None."""
     stem = [v for k, v in vit.items() if k.startswith("patch_embed.proj.") and v.ndim == 4]
     pos_embed = vit.get("pos_embed", torch.empty(0))
     num_cells = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
-    side = math.isqrt(num_cells)
+    side = math.isqrt(max(0, num_cells))
     if not stem or not num_cells or side**2 != num_cells:
-        raise UserError(f"{path} states no image size, and has no patches that make up a square")
+        return None, None
     # The last layer of a convolutional stem is 1×1; each other one halves.
     patch = tuple(stem[0].shape[2:]) if len(stem) == 1 else to_pair(2 ** (len(stem) - 1))
     return (side * patch[0], side * patch[1]), patch
@@ -372,9 +501,10 @@ def _classifier_name(config):
         return "head"
     if config["arch"] in RESNETS:
         return "fc"
-    return _create_backbone(config).classifier_name
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay what they were
+        return _create_backbone(config).classifier_name
 
 
 def _create_backbone(config):
-    names = ("arch", "img_size", "patch_size", "small_stem", "in_chans")
-    return create_backbone(**{name: config[name] for name in names})
+    names = inspect.signature(create_backbone).parameters
+    return create_backbone(**{name: config[name] for name in names if name in config})

@@ -334,6 +334,13 @@ def test_a_vit_small_keeps_the_heads_it_has(tmp_path):
     assert_same(weights(again), theirs.state_dict())
 
 
+def test_weights_without_a_known_shape_are_named_with_arch(tmp_path):
+    theirs = timm.create_model("convnext_atto", num_classes=0)
+    torch.save(theirs.state_dict(), tmp_path / "bare.pth")
+    folder = run(tmp_path / "bare.pth", tmp_path / "out", "timm", "-a", "timm/convnext_atto")
+    assert_same(load_timm(folder).state_dict(), theirs.state_dict())
+
+
 def mistakes(files, pretrained, folder):
     """Command line → what is said about it."""
     small, resnet = files("vit_small", 5), files("resnet18")
@@ -358,7 +365,7 @@ def mistakes(files, pretrained, folder):
     yield (small, folder / "full", "--to", "timm"), "exists already: name another OUT"
     yield (small, folder / "no" / "out", "--to", "timm"), "in a folder that does not exist"
     yield (folder / "no.pth", out, "--to", "timm"), "no checkpoint at"
-    yield (folder / "full", out, "--to", "timm"), "can't be read as timm's: FileNotFoundError"
+    yield (folder / "full", out, "--to", "timm"), "no checkpoint at"
     yield (folder / "text.pth", out, "--to", "timm"), "can't be read as a checkpoint"
     yield (folder / "text.safetensors", out, "--to", "timm"), "can't be read as timm's"
     yield (broken, out, "--to", "timm"), "can't be read as timm's"
@@ -404,6 +411,7 @@ def mistakes(files, pretrained, folder):
     sizes = dict(arch="vit_small", img_size="wide", state_dict=plain)
     yield (saved("size.pth", sizes), out, "--to", "official"), "is damaged: 'img_size' should be"
     yield (pretrained, out, "--to", "onnx"), "invalid choice"
+    yield (pretrained, out, "--to", "timm", "-a", "vit_tiny"), "holds vit_nano, not vit_tiny: drop"
 
 
 def test_a_mistake_gets_one_line_and_leaves_nothing(files, pretrained, tmp_path, script):

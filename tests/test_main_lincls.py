@@ -166,8 +166,8 @@ BAD = {
     "wrong arch": ("digits --pretrained {pre} -a vit_small", "holds vit_nano, not vit_small"),
     "wrong patch": ("digits --pretrained {pre} --patch-size 4", "in other shapes patch_embed"),
     "wrong heads": ("digits --pretrained {six}", "trained with 6 heads, this model has 12"),
-    "no arch": ("digits --pretrained {nameless}", "name it with -a"),
-    "a probe": ("digits --pretrained {linear}", "has no base_encoder; with a classifier it is for"),
+    "other heads": ("digits --pretrained {plain}", "does not say how many attention heads"),
+    "no backbone in it": ("digits --pretrained {probe}", "has a probe's classifiers alone"),
     "nothing to evaluate": ("digits --pretrained {pre} --evaluate", "no classifier to evaluate"),
     "other classes": (
         "digits --pretrained {linear} --evaluate --img-size 32",
@@ -195,8 +195,11 @@ def files(tmp_path_factory, pretrained):
     content = checkpoint.load(pretrained)
     vit = pretraining("vit_small", dim=8, mlp=8)
     torch.save(vit | {"num_heads": 6}, folder / "six.pth")
-    torch.save({k: v for k, v in content.items() if k != "arch"}, folder / "nameless.pth")
     torch.save(linear("vit_small", 7), folder / "linear.pth")
+    state = linear("vit_small", 7)["state_dict"]
+    torch.save({k.removeprefix("module."): v for k, v in state.items()}, folder / "plain.pth")
+    classifiers = {"module.linears.0.weight": torch.ones(7, 128)}
+    torch.save(content | {"state_dict": classifiers}, folder / "probe.pth")
     return folder
 
 
@@ -209,7 +212,7 @@ def test_bad_input_gets_one_line(script, tmp_path, image_file, pretrained, files
     line, words = BAD[case]
     if name == "main_finetune.py" and case in ("two equal lrs", "nothing to do"):
         pytest.skip("the probe's own")
-    paths = {p: files / f"{p}.pth" for p in ("six", "nameless", "linear")}
+    paths = {p: files / f"{p}.pth" for p in ("six", "linear", "plain", "probe")}
     line = line.format(tmp=tmp_path, root=ROOT, pre=pretrained, **paths)
     run = tmp_path / "run"
     argv = ["--output-dir", run, "--device", "cpu", "--workers", 0]

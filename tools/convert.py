@@ -8,9 +8,9 @@ A state_dict for torchvision; MMSelfSup's weights for main_lincls.py and main_fi
 A linear probe's backbone and classifier:
     python tools/convert.py linear_lr3.pth vit_small_classifier --to timm --with-heads
 
-IN is a .pth, a .safetensors or a folder of timm's. The names of its weights tell what it is: MoCo
-v3 (ours or the official release's, from pre-training or with a classifier), MMSelfSup and
-MMPretrain 1.x (ViT and ResNet, as published: weights and plain metadata), timm, DeiT, torchvision.
+IN is whatever --pretrained takes: a .pth, a .safetensors or a folder of timm's. The names of its
+weights tell what it is: MoCo v3 (ours or the official release's, from pre-training or with a
+classifier), MMSelfSup and MMPretrain 1.x (ViT and ResNet), timm, torchvision, DeiT, MAE, DINO.
 OUT is the backbone, whose output is the class token or the pooled last stage; of fine-tuning with
 --ema it takes the weights, not their average. A ViT-S of 6 heads becomes our
 timm/vit_small_patch16_224.
@@ -34,7 +34,7 @@ from engine.backbones import RESNETS
 from engine.errors import UserError, first_line
 from engine.weights import PRETRAINING, load_state_dict_strict, num_heads, read_weights
 from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD
-from vits import VITS, size_to_str
+from vits import VITS
 
 # timm's names of the ViTs that it calls otherwise than vit_…_patch16_224.
 TIMM_NAMES = {"vit_nano": "vit_tiny_patch16_224", "vit_huge": "vit_huge_patch14_224"}
@@ -59,6 +59,7 @@ def parse_args(argv=None):
         help="attention heads of a ViT-S, where IN or the layout of OUT does not state them: 12 in "
         "MoCo v3, 6 in timm and DeiT",
     )
+    add("-a", "--arch", help="name of the architecture, where IN does not state it")
     return parser.parse_args(argv)
 
 
@@ -68,7 +69,7 @@ def main(args):
         raise UserError(f"{out} exists already: name another OUT")
     if not out.parent.is_dir():
         raise UserError(f"{out} lies in a folder that does not exist: name another OUT")
-    weights = read_weights(args.source, args.num_heads)
+    weights = read_weights(args.source, args.num_heads, args.arch)
     model = weights.create_backbone()
     weights.config["num_heads"] = num_heads(model)
     check(args, weights, model)
@@ -84,6 +85,8 @@ def check(args, weights, model):
     """UserError where OUT would be another model, or has no place for what is asked for."""
     source, to, config = args.source, args.to, weights.config
     arch, heads = config["arch"], config["num_heads"]
+    if args.arch not in (None, arch):
+        raise UserError(f"{source} holds {arch}, not {args.arch}: drop -a {args.arch}")
     if args.num_heads not in (None, heads):
         raise UserError(
             f"{source} ({arch}) has {heads or 'no'} heads, not {args.num_heads}: drop --num-heads"
@@ -175,16 +178,9 @@ def write_timm(folder, state, config, model):
 
 
 def print_conversion(args, weights, heads):
-    config, prefix = weights.config, "base_encoder." if weights.kind == PRETRAINING else ""
-    source = f"{weights.kind}: {config['arch']}"
-    if config["num_heads"]:
-        source += f", {config['num_heads']} heads"
-    source += f", {size_to_str(config['img_size'])} pixels"
-    out = f"{args.to}: {len(weights.backbone | heads)} tensors"
-    dropped = {key.removeprefix(prefix).split(".")[0] for key in weights.heads.keys() - heads}
-    if dropped:
-        out += f", without {', '.join(sorted(dropped))}"
-    print(f"{args.source} ({source}) → {args.out} ({out})")
+    num_tensors = len(weights.backbone | heads)
+    out = f"{args.to}: {num_tensors} tensors{weights.without(heads)}"
+    print(f"{args.source} ({weights}) → {args.out} ({out})")
 
 
 if __name__ == "__main__":
