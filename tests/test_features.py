@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, launch
+from safetensors.numpy import load_file
 
-from engine import checkpoint, evaluation
+from engine import checkpoint, evaluation, load_backbone
+from engine.backbones import BackboneConfig
 from engine.datasets import load_splits
 from engine.errors import UserError
 from engine.weights import create_pretrained_backbone
@@ -91,6 +93,76 @@ def test_npy_is_the_same_to_be_mapped(pretrained, folders, tmp_path):
     assert isinstance(npy, np.memmap) and (npy == npz.pop("features")).all()
     beside = np.load(tmp_path / "f.index.npz")
     assert set(beside) == set(npz) and all((beside[key] == npz[key]).all() for key in npz)
+
+
+def test_safetensors_holds_features_and_labels(pretrained, folders, tmp_path):
+    expected = run(pretrained, tmp_path / "f.npz", data=folders)
+    tool.main(tool.parse_args([str(folders), "--pretrained", str(pretrained), "--workers", "0",
+                               "--out", str(tmp_path / "f.safetensors"), "--device", "cpu",
+                               "--amp", "off"]))  # fmt: skip
+    found = load_file(tmp_path / "f.safetensors")
+    assert found.keys() == {"features", "labels"}
+    assert all((found[key] == expected[key]).all() for key in found)
+    assert (np.load(tmp_path / "f.index.npz")["paths"] == expected["paths"]).all()
+
+
+def tokens_by_hand(model, x, layer):
+    """All tokens after the blocks up to `layer`, normalized: [N, 1 + patches, d]."""
+    x = model._pos_embed(model.patch_embed(x))
+    for block in model.blocks[: layer + 1]:
+        x = block(x)
+    return model.norm(x)
+
+
+@pytest.mark.parametrize(
+    "flags, layer, select",
+    [
+        (["--layer", "-1"], 3, lambda x: x[:, 0]),
+        (["--tokens", "class"], 3, lambda x: x[:, 0]),
+        (["--tokens", "avg", "--layer", "0"], 0, lambda x: x[:, 1:].mean(1)),
+        (["--tokens", "patch", "--layer", "-2"], 2, lambda x: x[:, 1:]),
+    ],
+)
+@torch.no_grad()
+def test_tokens_of_a_layer_are_those_of_its_block(pretrained, tmp_path, flags, layer, select):
+    found = run(pretrained, tmp_path / "f.npz", *flags)["features"]
+    model, _ = load_backbone(pretrained)
+    x = normalize(load_splits("digits").train.images[:20].float() / 255)
+    expected = select(tokens_by_hand(model, x, layer))
+    assert found.shape == (1437, *expected.shape[1:])
+    torch.testing.assert_close(torch.tensor(found[:20]), expected, rtol=0, atol=1e-5)
+    if "avg" not in flags and layer == 3:
+        torch.testing.assert_close(expected, model(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("batches_of_two")
+def test_patches_of_what_cant_be_read_are_nan(pretrained, folders, tmp_path):
+    for broken in ("train/cat/deep/0.png", "train/cat/deep/1.png"):  # a whole batch
+        (folders / broken).write_bytes(b"text")
+    found = run(pretrained, tmp_path / "f.npy", "--tokens", "patch", data=folders)
+    assert found.shape == (6, 4, 128)
+    assert np.isnan(found).all((1, 2)).tolist() == [True, True, False, False, False, False]
+    with pytest.raises(UserError, match=r"something else .*tokens patch → avg"):
+        run(pretrained, tmp_path / "f.npy", "--tokens", "avg", data=folders)
+
+
+@pytest.mark.parametrize(
+    "arch, tokens, words",
+    [
+        ("resnet18", "avg", "--tokens and --layer are for ViTs, not resnet18: drop them"),
+        ("timm/convnext_atto", "patch", "are for ViTs, not timm/convnext_atto"),
+        ("timm/vit_wee_patch16_reg1_gap_256", "class", "has no class token: --tokens avg or patch"),
+        ("timm/vit_wee_patch16_reg1_gap_256", "avg", None),
+    ],
+)
+def test_backbones_without_such_tokens_are_refused(arch, tokens, words):
+    config = BackboneConfig(arch, img_size=(32, 32))
+    model = config.create_backbone().requires_grad_(False).eval()
+    if words is None:
+        assert tool.select_tokens(model, config, tokens, -1)[1] == (model.num_features,)
+        return
+    with pytest.raises(UserError, match=words):
+        tool.select_tokens(model, config, tokens, None)
 
 
 def interrupt_after(num_parts, monkeypatch):
@@ -180,11 +252,13 @@ def test_two_processes_write_the_same_file(pretrained, tmp_path):
 @pytest.mark.parametrize(
     "out, flags, line",
     [
-        ("f.csv", [], "must end in .npz or .npy"),
+        ("f.csv", [], "must end in .npz, .npy or .safetensors"),
         ("f.npz", ["--img-size", "18"], "is not a multiple of patch_size"),
         ("f.npz", ["--pretrained", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         ("taken.npz", [], "was not written by this tool"),
         ("taken.npz/f.npz", [], "can't write"),
+        ("f.npz", ["--layer", "4"], "--layer 4: vit_nano has layers 0 to 3"),
+        ("f.npz", ["--layer", "-5"], "--layer -5: vit_nano has layers 0 to 3"),
     ],
 )
 def test_an_error_is_one_line(pretrained, tmp_path, script, out, flags, line):

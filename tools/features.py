@@ -3,11 +3,14 @@
     python tools/features.py digits --pretrained runs/digits/checkpoint.pth --out digits.npz
     torchrun --nproc_per_node=8 tools/features.py /data/imagenet --split train \\
         --pretrained runs/vit_small_300/checkpoint.pth --out imagenet.npy
+A ViT's patches in its third block from the end, row by row: [n, patches, d]:
+    python tools/features.py digits --pretrained CKPT --tokens patch --layer -3 --out patches.npy
 
 FILE.npz holds `features` float32 [n, d], NaN for an image that can't be read; `paths` [n] below
 DIR, or the images' numbers where they are not files; and where there are labels `labels` int64 [n]
 and the names of the `classes`. FILE.npy, for datasets that don't fit in memory, holds the features
-alone (np.load with mmap_mode="r"), and FILE.index.npz beside it the rest.
+alone (np.load with mmap_mode="r"), FILE.safetensors features and labels; FILE.index.npz beside it
+has the rest.
 
 After an interruption the same command continues, on any number of processes; until everything is
 computed, the parts lie in FILE.npz.parts/.
@@ -22,6 +25,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,7 +48,7 @@ def parse_args(argv=None):
         type=Path,
         required=True,
         metavar="FILE",
-        help="FILE.npz, or FILE.npy for large datasets",
+        help="FILE.npz, FILE.safetensors, or FILE.npy for large datasets",
     )
     add(
         "--split",
@@ -52,16 +56,25 @@ def parse_args(argv=None):
         default="train",
         help="which one, where DIR has both (default: train); train of stl10 is its labelled part",
     )
+    add(
+        "--tokens",
+        choices=("class", "patch", "avg"),
+        help="of a ViT: class token, patches, or their average (default: the backbone's output)",
+    )
+    layer = "block of a ViT from 0, or from the end, -1, before the last LayerNorm (default: -1)"
+    add("--layer", type=int, metavar="N", help=layer)
     args = parser.parse_args(argv)
-    if args.out.suffix not in (".npz", ".npy"):
-        parser.error(f"--out {args.out}: the name must end in .npz or .npy")
+    if args.out.suffix not in (".npz", ".npy", ".safetensors"):
+        parser.error(f"--out {args.out}: the name must end in .npz, .npy or .safetensors")
     return args
 
 
 def main(args):
     env = launch.init_distributed(args.device, args.amp)
     model, config = create_pretrained_backbone(args)
-    model.requires_grad_(False).eval().to(env.device)
+    model.requires_grad_(False).eval()
+    encoder, shape = select_tokens(model, config, args.tokens, args.layer)
+    model.to(env.device)
     dataset, class_names = load_split(args, config)
     metadata = config.to_dict() | dict(
         data=dataset_id(dataset, args.data),
@@ -71,6 +84,8 @@ def main(args):
         weights=weights_digest(model),
         precision=str(env.amp_dtype or torch.float32).removeprefix("torch."),
         batch=EVAL_BATCH_SIZE,
+        tokens=args.tokens,
+        layer=args.layer,
     )
     index = create_index(dataset, class_names, args.data, metadata)
     index_path = args.out if args.out.suffix == ".npz" else args.out.with_suffix(".index.npz")
@@ -86,13 +101,51 @@ def main(args):
     if len(missing) < num_parts:
         print_rank0(f"continuing: {num_parts - len(missing)} of {num_parts} parts are done")
     try:
-        compute_parts(folder, missing, model, dataset, config, args, env)
+        compute_parts(folder, missing, encoder, shape, dataset, config, args, env)
     except KeyboardInterrupt:
         raise UserError("interrupted; the same line again continues", exit_code=130) from None
     launch.barrier()
     if is_main():
         merge_parts(folder, args.out, index_path, index)
-        print_rank0(f"{len(dataset):,} × {model.num_features} features in {args.out}")
+        size = " × ".join(map(str, shape))
+        print_rank0(f"{len(dataset):,} × {size} features in {args.out}")
+
+
+def select_tokens(model, config, tokens, layer):
+    """--tokens and --layer → images to features [N, …], by default the model's output; their shape.
+
+    UserError for a backbone without such tokens.
+    """
+    if tokens is None and layer is None:
+        return model, (model.num_features,)
+    num_blocks = len(getattr(model, "blocks", ()))
+    index = num_blocks - 1 if layer is None else layer
+    if num_blocks and not -num_blocks <= index < num_blocks:
+        raise UserError(f"--layer {layer}: {config.arch} has layers 0 to {num_blocks - 1}")
+
+    options = dict(norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True)
+
+    def encode(images):
+        block = index % num_blocks
+        [output] = model.forward_intermediates(
+            images, [block], return_prefix_tokens=True, **options
+        )
+        patches, prefix = output if isinstance(output, tuple) else (output, None)
+        if tokens in ("patch", "avg"):
+            return patches if tokens == "patch" else patches.mean(1)  # [N, patches, d], [N, d]
+        if prefix is None or model.cls_token is None:
+            raise UserError(f"{config.arch} has no class token: --tokens avg or patch")
+        return prefix[:, 0]
+
+    try:
+        h = encode(torch.zeros(1, config.pixel_format.in_chans, *config.img_size))
+    except UserError:
+        raise
+    except Exception:  # each kind of backbone lacks something else
+        raise UserError(
+            f"--tokens and --layer are for ViTs, not {config.arch}: drop them"
+        ) from None
+    return encode, tuple(h.shape[1:])
 
 
 def load_split(args, config):
@@ -189,23 +242,21 @@ def part_path(folder, number):
     return folder / f"{number:07d}.npy"
 
 
-def compute_parts(folder, missing, model, dataset, config, args, env):
-    """Writes this rank's files of the `missing` parts."""
+def compute_parts(folder, missing, encoder, shape, dataset, config, args, env):
+    """Writes this rank's files of the `missing` parts; shape: of an image's features."""
     if not missing:
         return
     chunks = torch.arange(len(dataset)).split(EVAL_BATCH_SIZE)
     indices = torch.cat([chunks[number] for number in missing])
-    for positions, h in embed(model, dataset, indices, config.img_size, args.workers, env):
+    for positions, h in embed(encoder, dataset, indices, config.img_size, args.workers, env):
         image_indices = indices[positions]
         number = int(image_indices[0]) // EVAL_BATCH_SIZE
-        features = torch.full((len(chunks[number]), h.shape[1]), torch.nan)
+        features = torch.full((len(chunks[number]), *shape), torch.nan)
         features[image_indices % EVAL_BATCH_SIZE] = h.cpu()
         save_part(folder, number, features)
     for number in missing[rank() :: world_size()]:
         if not part_path(folder, number).exists():  # no image in it can be read
-            save_part(
-                folder, number, torch.full((len(chunks[number]), model.num_features), torch.nan)
-            )
+            save_part(folder, number, torch.full((len(chunks[number]), *shape), torch.nan))
 
 
 def save_part(folder, number, features):
@@ -220,9 +271,15 @@ def merge_parts(folder, out, index_path, index):
         index = dict(features=np.concatenate([np.load(path) for path in paths])) | index
     with atomic_write(index_path) as file:
         np.savez(file, **index)
-    if out != index_path:  # one part in memory at a time
+    if out.suffix == ".safetensors":
+        arrays = dict(features=np.concatenate([np.load(path) for path in paths]))
+        if "labels" in index:
+            arrays["labels"] = index["labels"]
+        with atomic_write(out) as file:
+            file.write(safetensors.numpy.save(arrays))
+    elif out.suffix == ".npy":  # one part in memory at a time
         first = np.load(paths[0])
-        shape = len(index["paths"]), first.shape[1]
+        shape = len(index["paths"]), *first.shape[1:]
         header = dict(descr=first.dtype.str, fortran_order=False, shape=shape)
         with atomic_write(out) as file:
             np.lib.format.write_array_header_1_0(file, header)
