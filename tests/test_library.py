@@ -3,6 +3,8 @@
 import math
 import re
 
+import numpy as np
+import torch
 from conftest import ROOT
 
 import moco
@@ -26,7 +28,7 @@ def run(source, path, namespace):
 
 def test_the_training_loop_lowers_the_loss_and_the_other_blocks_run_after_it():
     namespace = {}
-    loop, *others = python_blocks(PAGE)
+    loop, *others = [block for block in python_blocks(PAGE) if "load_backbone" not in block]
     run(loop, PAGE, namespace)
     losses, steps = namespace["losses"], len(namespace["batches"])
     chance = 4 * 0.2 * math.log(64)  # 4τ·ln N
@@ -39,6 +41,22 @@ def test_the_training_loop_lowers_the_loss_and_the_other_blocks_run_after_it():
         if "loss, metrics" in block:
             assert namespace["loss"].isfinite()
             assert namespace["metrics"].keys() == {"top1", "feature_std"}
+
+
+@torch.no_grad()
+def test_load_backbone_gives_the_features_that_the_tool_writes(
+    pretrained, image_file, tmp_path, script, monkeypatch
+):
+    [block] = [block for block in python_blocks(PAGE) if "load_backbone" in block]
+    assert len([line for line in block.splitlines() if line]) <= 5
+    image_file("1.png"), image_file("2.png", height=90)
+    monkeypatch.chdir(tmp_path)
+    namespace = dict(torch=torch)
+    run(block.replace("runs/digits/checkpoint.pth", str(pretrained)), PAGE, namespace)
+    flags = ["--pretrained", pretrained, "--device", "cpu", "--amp", "off", "--workers", 0]
+    assert script("tools/features.py", tmp_path, *flags, "--out", "f.npz")[0] == 0
+    expected = torch.tensor(np.load("f.npz")["features"])
+    torch.testing.assert_close(namespace["features"], expected, rtol=0, atol=1e-5)
 
 
 def test_the_training_loop_is_short():
