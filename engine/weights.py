@@ -225,8 +225,9 @@ def _is_sincos(pos_embed, backbone, checkpoint):
     if size:
         grid = [side // patch for side, patch in zip(size, backbone.patch_embed.patch_size)]
     elif pos_embed.shape != backbone.pos_embed.shape:
-        grid = [math.isqrt(pos_embed.shape[1] - 1)] * 2
+        grid = [math.isqrt(pos_embed.shape[1] - backbone.num_prefix_tokens)] * 2
     table = sincos_position_embedding(*grid, backbone.embed_dim)
+    table = table[:, 1 - backbone.num_prefix_tokens :]  # without a class token, no entry for it
     return pos_embed.shape == table.shape and torch.allclose(pos_embed.float(), table, atol=1e-5)
 
 

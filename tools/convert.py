@@ -98,8 +98,12 @@ def check(args, weights, model):
         )
     is_torchvisions = arch in RESNETS and model.conv1.weight.shape == (64, 3, 7, 7)
     has_own_stem = config["small_stem"] or VITS.get(arch, {}).get("conv_stem")
-    if (to == "torchvision" and not is_torchvisions) or (to == "timm" and has_own_stem):
+    is_ablation = config.get("pool", "token") != "token" or config.get("pos_embed") == "none"
+    timm_lacks_it = has_own_stem or is_ablation
+    if (to == "torchvision" and not is_torchvisions) or (to == "timm" and timm_lacks_it):
         stem = "" if arch in VITS else " with this stem"
+        if is_ablation:
+            stem = " with this --pool or --pos-embed"
         raise UserError(
             f"{to} has no {arch}{stem}: --to deit or official keeps the weights, and "
             "engine.backbones.create_backbone makes the model"
