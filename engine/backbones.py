@@ -66,8 +66,8 @@ class BackboneConfig:
             img_size=args.img_size or checkpoint.get("img_size") or (224, 224),
             patch_size=args.patch_size or checkpoint.get("patch_size"),
             small_stem=args.small_stem or checkpoint.get("small_stem", False),
-            pos_embed=getattr(args, "pos_embed", None) or checkpoint.get("pos_embed", "sincos"),
-            pool=getattr(args, "pool", None) or checkpoint.get("pool", "token"),
+            pos_embed=getattr(args, "pos_embed", None) or checkpoint.get("vit_pos_embed", "sincos"),
+            pool=getattr(args, "pool", None) or checkpoint.get("vit_pool", "token"),
             pixel_format=pixel_format_from_args(args, checkpoint),
         )
 
@@ -91,8 +91,8 @@ class BackboneConfig:
             img_size=self.img_size,
             patch_size=self.patch_size,
             small_stem=self.small_stem,
-            pos_embed=self.pos_embed,
-            pool=self.pool,
+            vit_pos_embed=self.pos_embed,  # "pos_embed" is a weight
+            vit_pool=self.pool,
             in_chans=self.pixel_format.in_chans,
             mean=self.pixel_format.mean,
             std=self.pixel_format.std,

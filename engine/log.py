@@ -129,9 +129,12 @@ class MetricLogger:
         """
         tensors = {k: v for k, v in metrics.items() if isinstance(v, torch.Tensor)}
         numbers = {k: v for k, v in metrics.items() if k not in tensors}
-        self.names, self.step = tuple(tensors), step
+        values = {name: value.detach().float() for name, value in tensors.items()}
+        if self.names != tuple(values):
+            self._fit_pending(values)
+        self.names, self.step = tuple(values), step
         self.timed_steps += 1
-        self.pending.append(torch.stack([v.detach().float() for v in tensors.values()]))
+        self.pending.append(torch.stack(list(values.values())))
         if self.bar is not None:
             self.bar.update()
         if step % self.print_freq and step % self.steps_per_epoch:
@@ -155,6 +158,16 @@ class MetricLogger:
         if self.bar is not None:
             self.bar.set_postfix_str(self._summary())
         return values
+
+    def _fit_pending(self, values):
+        """Gives the pending steps the scalars of this one: {name: 0-d}.
+
+        They come from another version's checkpoint; what it lacks takes the value of this step.
+        """
+        for i, scalars in enumerate(self.pending):
+            known = dict(zip(self.names, scalars))
+            fitted = [known.get(name, value).to(value.device) for name, value in values.items()]
+            self.pending[i] = torch.stack(fitted)
 
     def _average_pending(self):
         """Over the ranks → [steps, scalars] on the CPU. Waits for the device; a collective."""

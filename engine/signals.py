@@ -26,13 +26,15 @@ class Interrupted(Exception):
 
 def check_signals():
     """Raises Interrupted if a signal came to any rank; all ranks call it equally often."""
-    exit_code = all_reduce_max(_exit_code)
+    exit_code = all_reduce_max(pending_exit_code())
     if exit_code:
         raise Interrupted(exit_code)
 
 
 def pending_exit_code():
     """The exit code of a signal that came to this rank, else 0."""
+    if _exit_code:
+        _leave_closed_terminal()
     return _exit_code
 
 
@@ -59,8 +61,6 @@ def _is_ignored(number):
 
 def _on_signal(number, frame):
     global _exit_code
-    if number == signal.SIGHUP:
-        _leave_closed_terminal()
     if number == signal.SIGINT and _exit_code == EXIT_CODES[signal.SIGINT]:
         raise KeyboardInterrupt
     _exit_code = EXIT_CODES[number]

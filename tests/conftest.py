@@ -51,6 +51,12 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
+def pytest_sessionfinish():
+    """Ends what a test that failed has left running: Python would wait for it at its exit."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -98,18 +104,27 @@ forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["conftest", "main_lincls", "main_finetune", "sklearn.datasets"])
 
 
-class Child:
-    """`python NAME ARGS…` in the background, its output in a file; one CPU thread."""
+def start_server():
+    """Starts the server that forks, and waits until it has imported everything."""
+    process = forkserver.Process(target=int)
+    process.start()
+    process.join()
 
-    def __init__(self, folder, name, *args, env=None, stderr=None):
+
+class Child:
+    """`python NAME ARGS…` in the background, its output in a file; one CPU thread.
+
+    env: variables to add. stderr: another file for it. prepare: called in the process, first.
+    """
+
+    def __init__(self, folder, name, *args, env=None, stderr=None, prepare=None):
         self.output = Path(folder, "output.txt")
         self.output.write_text("")
         argv = [name, *map(str, args)]
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         files = str(self.output), str(stderr or self.output)
-        self.process = forkserver.Process(
-            target=_run_child, args=(argv, *files, variables, os.getcwd())
-        )
+        settings = variables, os.getcwd(), multiprocessing.get_start_method(), prepare
+        self.process = forkserver.Process(target=_run_child, args=(argv, *files, *settings))
         self.process.start()
         self.pid = self.process.pid
 
@@ -122,13 +137,16 @@ class Child:
         return self.output.read_text()
 
 
-def _run_child(argv, stdout, stderr, env, folder):
+def _run_child(argv, stdout, stderr, env, folder, start_method, prepare):
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
+    multiprocessing.set_start_method(start_method, force=True)  # it would be "forkserver"
     torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
     path = str(ROOT / argv[0])
     sys.argv, sys.path[:0] = argv, [os.path.dirname(path)]
     with until_exit():

@@ -228,6 +228,7 @@ def losses(folder):
     return [line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_run_on_archives_equals_that_on_files_and_resumes_exactly(script, tmp_path):
     members = class_folders(8, "train/") | class_folders(2, "val/")
     path = write(tmp_path / "set.tar", members)

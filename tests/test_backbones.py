@@ -41,13 +41,18 @@ PROBE = "--batch-size 8 --epochs 1 --workers 0 --device cpu --amp off".split()
 TUNE = f"{' '.join(PROBE)} --lr 1e-3 --warmup-epochs 0 --layer-decay 0.7 --drop-path 0.2".split()
 
 
+def others_slow(names, quick):
+    """Parameters of a test: those that are not in `quick` are marked slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def run(script, name, *argv):
     code, out, err = script(name, *argv)
     assert code == 0, err
     return out
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", others_slow(KINDS, {"resnet"}))
 def test_five_kinds_are_pretrained_and_probed(script, tmp_path, two_classes, kind):
     path, out = tmp_path / "pre" / "checkpoint.pth", tmp_path / "probe"
     args = [*PRETRAIN, *KINDS[kind].split(), "--output-dir", path.parent]
@@ -79,7 +84,8 @@ def test_five_kinds_are_pretrained_and_probed(script, tmp_path, two_classes, kin
 
 def test_a_timm_vit_is_tuned_at_another_size(script, tmp_path, two_classes):
     path, out = tmp_path / "pre" / "checkpoint.pth", tmp_path / "tuned"
-    args = [*PRETRAIN, *KINDS["registers"].split(), "--output-dir", path.parent]
+    args = [*PRETRAIN, "-a", "timm/vit_tiny_patch16_224", "--img-size", 16, 24, "--patch-size", 8]
+    args += ["--knn-every", 0, "--output-dir", path.parent]
     run(script, "main_moco.py", two_classes, *args)
     args = ["--pretrained", path, "--img-size", 32, "--output-dir", out]
     assert "tuned   top-1" in run(script, "main_finetune.py", two_classes, *TUNE, *args)
@@ -113,7 +119,13 @@ OLD_REFUSED = {"densenet121", "efficientvit_b0", "efficientvit_m0", "ghostnet_05
                "repghostnet_050", "tiny_vit_5m_224"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*TIMM_FAMILIES, *REFUSED])
+QUICK_FAMILIES = (
+    "convnext_atto deit_tiny_patch16_224 mobilenetv3_small_050 regnetx_002 resnet10t "
+    "xcit_nano_12_p8_224 inception_v3 levit_128s"
+).split()
+
+
+@pytest.mark.parametrize("name", others_slow([*TIMM_FAMILIES, *REFUSED], QUICK_FAMILIES))
 def test_families_of_timm_give_features_or_are_refused(name):
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")

@@ -71,6 +71,19 @@ def test_a_resumed_log_is_that_of_one_run(tmp_path):
     assert lines == resumed and [line["step"] for line in lines] == [4, 8, 10, 12]
 
 
+def test_pending_steps_of_a_version_with_fewer_metrics_are_averaged(logger, tmp_path):
+    pending = torch.tensor([[1.0, 0.1], [2.0, 0.2]])
+    names = ("loss", "spread")
+    state = dict(steps=2, rows=0, names=names, pending=pending, latest={}, measured="")
+    logger.load_state_dict(state)
+    for step in (3, 4):
+        metrics = dict(loss=torch.tensor(float(step)), feature_std=torch.tensor(0.3))
+        logger.log_step(step, top1=torch.tensor(0.5 * step), **metrics)
+    [line] = read_log(tmp_path / "log.jsonl")
+    assert line["loss"] == 2.5 and line["feature_std"] == pytest.approx(0.225)
+    assert line["top1"] == (3 * 1.5 + 2) / 4
+
+
 def test_lines_that_a_full_disk_refused_follow_later(logger, tmp_path):
     class FullDisk:
         free = 20

@@ -177,7 +177,7 @@ BAD = {
     "no val": ("{tmp}/noval --pretrained {pre}", "no val/ or val.txt beside train/"),
     "no labels": (
         "{tmp}/flat --pretrained {pre}",
-        "to train on and to validate: no train/ below it",
+        "to train on and to validate: the training images have no train/ above them",
     ),
     "one class": ("{tmp}/one --pretrained {pre}", "holds a single class"),
     "large batch": ("digits --pretrained {pre} -b 4096", "1437 images don't fill one"),

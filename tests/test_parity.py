@@ -18,7 +18,7 @@ FIGURES = json.loads((Path(__file__).parent / "data" / "official.json").read_tex
 @pytest.mark.parametrize(
     ("arch", "num_steps"),
     [
-        ("vit_small", 1),
+        ("vit_small", 1),  # the gradients of the first step
         pytest.param("vit_small", 2, marks=pytest.mark.slow),
         pytest.param("resnet50", 2, marks=pytest.mark.slow),
     ],

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, Child, launch, start, wait_for_all
+from conftest import ROOT, TINY, Child, launch, start, start_server, wait_for_all
 
 from engine import checkpoint
 from engine.log import read_log
@@ -53,13 +53,13 @@ def wait_for_step(step, folder, job):
 def undisturbed(tmp_path_factory):
     """The folder of a run that nothing happened to; its seconds of set-up and of training."""
     folder = tmp_path_factory.mktemp("whole")
-    for run in ("first", "second"):  # the first starts the server that forks
-        start = time.monotonic()
-        child = Child(folder, "main_moco.py", *LONG, "--output-dir", folder / run)
-        wait_for_training(child)
-        began = time.monotonic()
-        assert child.wait() == 0, child.said()
-    return folder / run, began - start, time.monotonic() - began
+    start_server()
+    started = time.monotonic()
+    child = Child(folder, "main_moco.py", *LONG, "--output-dir", folder / "run")
+    wait_for_training(child)
+    began = time.monotonic()
+    assert child.wait() == 0, child.said()
+    return folder / "run", began - started, time.monotonic() - began
 
 
 def wait_for_training(child):
@@ -171,9 +171,10 @@ def wait_until(said, child):
         assert child.wait(0.01) is None, child.said()
 
 
-SHORT = (*TINY, "--batch-size", 96, "--epochs", 4, "--print-freq", 3)  # 14 steps an epoch
+SHORT = (*TINY, "--batch-size", 96, "--epochs", 4, "--knn-every", 0)  # 14 steps an epoch
 
 
+@slow
 def test_a_full_disk_costs_one_checkpoint(disk, tmp_path):
     whole = Child(tmp_path, "main_moco.py", *SHORT, "--output-dir", tmp_path / "whole")
     assert whole.wait() == 0, whole.said()
@@ -245,24 +246,26 @@ class Torchrun:
 
 TWO = ("--nproc_per_node=2", "--standalone")
 FP32 = ("--amp", "off", "--save-minutes", 1e-6)
+HALF = (*LONG, "--epochs", 1, *FP32)  # 44 steps
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
     """The folder of a run of two processes that nothing happened to."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    done = launch(2, "main_moco.py", *LONG, *FP32, "--output-dir", folder)
+    done = launch(2, "main_moco.py", *HALF, "--output-dir", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
 
-KILLS = ((10, 1), (35, 0), (60, 1))  # after this step, this worker
+KILLS = ((5, 1), (15, 0), (30, 1))  # after this step, this worker
 
 
-@pytest.mark.parametrize("kills", [KILLS[1:2], pytest.param(KILLS, marks=slow)], ids=len)
+@slow
+@pytest.mark.parametrize("kills", [KILLS])
 def test_torchrun_restarts_killed_workers_to_the_same_end(on_two_ranks, tmp_path, kills):
     flags, run = (*TWO, "--max-restarts=3", "--monitor-interval=0.5"), tmp_path / "run"
-    job = Torchrun(tmp_path / "output.txt", flags, *LONG, *FP32, "--output-dir", run)
+    job = Torchrun(tmp_path / "output.txt", flags, *HALF, "--output-dir", run)
     for step, worker in kills:
         wait_for_step(step, run, job)
         os.kill(job.workers()[worker], signal.SIGKILL)
@@ -273,9 +276,9 @@ def test_torchrun_restarts_killed_workers_to_the_same_end(on_two_ranks, tmp_path
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(4, marks=slow)])
 def test_a_run_of_two_ranks_continues_on_another_number(on_two_ranks, tmp_path, num_ranks):
-    argv = (*LONG, *FP32, "--output-dir", tmp_path / "run", "--resume", "auto")
+    argv = (*HALF, "--output-dir", tmp_path / "run", "--resume", "auto")
     children = start(2, tmp_path, "main_moco.py", *argv)
-    wait_for_step(60, tmp_path / "run", children[0])
+    wait_for_step(30, tmp_path / "run", children[0])
     os.kill(children[1].pid, signal.SIGTERM)  # one is enough: both stop after the same step
     assert wait_for_all(children, timeout=60) == [75, 75]
     done = launch(num_ranks, "main_moco.py", *argv)
@@ -317,7 +320,7 @@ def hosts():
 def test_two_hosts_train_as_one_and_survive_a_cut_cable(hosts, on_two_ranks, tmp_path):
     names, cable = hosts
     run = tmp_path / "run"
-    argv = (*LONG, *FP32, "--output-dir", run, "--resume", "auto", "--timeout", 10)
+    argv = (*HALF, "--output-dir", run, "--resume", "auto", "--timeout", 10)
 
     def start():
         return [
@@ -336,7 +339,7 @@ def test_two_hosts_train_as_one_and_survive_a_cut_cable(hosts, on_two_ranks, tmp
         ]  # fmt: skip
 
     jobs = start()
-    wait_for_step(30, run, jobs[0])
+    wait_for_step(15, run, jobs[0])
     cable("down")
     cut = time.monotonic()
     while any(job.workers() for job in jobs):
@@ -344,7 +347,7 @@ def test_two_hosts_train_as_one_and_survive_a_cut_cable(hosts, on_two_ranks, tmp
         time.sleep(0.1)
     for job in jobs:
         assert "another process has ended, or the network between them" in job.said()
-    assert checkpoint.load(run / checkpoint.LAST)["iteration"] < 88
+    assert checkpoint.load(run / checkpoint.LAST)["iteration"] < 44
     cable("up")
     for job in jobs:  # torchrun itself may wait for its network until then
         assert job.wait(60) not in (None, 0)

@@ -1,219 +1,362 @@
-"""A run's folder: who may write there, and what a run that is resumed must have in common."""
+"""A folder belongs to one run at a time, and a run to its data, its arguments and its signals."""
 
+import fcntl
 import json
 import os
-import shutil
+import pty
+import re
+import select
 import signal
-import time
+import struct
+import sys
+import termios
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY, Child, launch
+from conftest import TINY, Child, interrupted_after_saving, torchrun_variables
+from PIL import Image
 
-from engine import checkpoint
+from engine import checkpoint, plots
+from engine import run as run_module
+from engine.loader import TwoCrops
 from engine.log import read_log
+from moco import scaled_lr, warmup_cosine_lr
 
-RUN = (*TINY, "--knn-every", 0)  # 5 steps an epoch
-LONG = (*RUN, "--epochs", 200)
-
-
-def start(folder, *args):
-    """A run in the background, once it trains."""
-    child = Child(folder.parent, "main_moco.py", *LONG, "--output-dir", folder, *args)
-    while not read_log(folder / "log.jsonl"):
-        assert child.wait(0.05) is None, child.said()
-    return child
+# Runs until it is stopped: an epoch has 44 steps.
+ENDLESS = (*TINY, "--batch-size", 32, "--epochs", 1000, "--knn-every", 0)
 
 
-def state(folder):
-    return checkpoint.load(folder / checkpoint.LAST)
+def wait_for_log(folder, child, lines=1):
+    """Until the run has trained and written so many lines."""
+    while len(read_log(folder / "log.jsonl")) < lines:
+        assert child.wait(0.02) is None, child.said()
 
 
-def test_a_folder_belongs_to_one_run_until_its_process_ends(tmp_path):
-    folder = tmp_path / "run"
-    first = start(folder)
-    done = launch(1, "main_moco.py", *LONG, "--output-dir", folder, "--resume", "auto")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"another run is using {folder} (process {first.pid} on " in done.stderr
+# One run in a folder
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(script, tmp_path):
+    run = tmp_path / "run"
+    first = Child(tmp_path, "main_moco.py", *ENDLESS, "--workers", 1, "--output-dir", run)
+    wait_for_log(run, first)
+    before = sorted(path.name for path in run.iterdir())
+    for flags in ((), ("--resume", "auto"), ("--epochs", 1)):
+        code, out, err = script("main_moco.py", *ENDLESS, *flags, "--output-dir", run)
+        assert (code, err.count("\n")) == (2, 1), out + err
+        assert f"another run is using {run} (process {first.pid} on " in err
+        assert sorted(path.name for path in run.iterdir()) == before
+    assert first.wait(0) is None
 
     os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    done = launch(1, "main_moco.py", *RUN, "--epochs", 1, "--output-dir", folder, "--resume",
-                  "auto", "--allow-changed-args")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert first.wait() == -signal.SIGKILL
+    argv = ("--batch-size", 256, "--epochs", 1, "--output-dir", run, "--resume", "auto")
+    # Free again, although the worker of the killed process may live for some seconds.
+    assert script("main_moco.py", *TINY, *argv)[0] == 0
 
 
-def test_a_refused_run_leaves_no_folder(script, tmp_path):
-    code, _, error = script("main_moco.py", *RUN, "-a", "vit_smal", "--output-dir", tmp_path / "x")
-    assert code == 2 and "did you mean 'vit_small'" in error
-    assert not (tmp_path / "x").exists()
+def test_a_folder_that_a_refused_run_made_is_removed(script, tmp_path):
+    run = tmp_path / "run"
+    assert script("main_moco.py", *TINY, "-b", 5000, "--output-dir", run)[0] == 2
+    assert not run.exists()
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    assert script("main_moco.py", *TINY, "-b", 5000, "--output-dir", run)[0] == 2
+    assert (run / "notes.txt").exists()
 
 
-@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
-def test_processes_side_by_side_without_torchrun_are_refused(
-    script, monkeypatch, tmp_path, variable
-):
-    monkeypatch.setenv(variable, "2")
-    code, _, error = script("main_moco.py", *RUN, "--output-dir", tmp_path / "x")
-    assert code == 2 and error.count("\n") == 1
-    assert "2 processes were started without torchrun" in error and "srun torchrun" in error
+# How processes are started
 
 
-def test_rank_without_its_companions_is_a_line(script, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_started_without_torchrun_are_refused(script, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    code, _, err = script("main_moco.py", *TINY, "--output-dir", tmp_path / "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "2 processes were started without torchrun" in err and "use srun torchrun" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_task_and_torchrun_in_tasks_are_fine(script, tmp_path, monkeypatch):
+    argv = (*TINY, "--epochs", 1, "--knn-every", 0, "--output-dir")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert script("main_moco.py", *argv, tmp_path / "one")[0] == 0
+    env = dict(torchrun_variables(2)[0], WORLD_SIZE="1", SLURM_STEP_NUM_TASKS="2")
+    child = Child(tmp_path, "main_moco.py", *argv, tmp_path / "two", env=env)
+    assert child.wait() == 0, child.said()
+
+
+def test_rank_without_the_other_variables_is_one_line(script, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    code, _, error = script("main_moco.py", *RUN, "--output-dir", tmp_path / "x")
-    assert code == 2 and error.count("\n") == 1
-    assert "RANK is set without WORLD_SIZE, MASTER_ADDR, MASTER_PORT" in error
+    code, _, err = script("main_moco.py", *TINY, "--output-dir", tmp_path / "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "RANK is set without WORLD_SIZE, MASTER_ADDR, MASTER_PORT" in err and "torchrun" in err
 
 
-def test_when_the_terminal_closes_the_run_saves_and_stops(tmp_path):
-    folder = tmp_path / "run"
-    child = start(folder)
+# Signals
+
+
+def test_sighup_saves_and_stops(tmp_path):
+    run = tmp_path / "run"
+    child = Child(tmp_path, "main_moco.py", *ENDLESS, "--workers", 1, "--output-dir", run)
+    wait_for_log(run, child)
     os.kill(child.pid, signal.SIGHUP)
-    assert child.wait() == 75
-    assert "SIGHUP: stopping after this step" in child.said()
-    assert state(folder)["iteration"] == read_log(folder / "log.jsonl")[-1]["step"]
+    assert child.wait() == 75, child.said()
+    said = child.said()
+    assert "SIGHUP: stopping after this step" in said and "Traceback" not in said
+    step = int(re.search(r"stopped: saved after step (\d+); --resume auto", said)[1])
+    assert checkpoint.load(run / checkpoint.LAST)["iteration"] == step
 
 
-def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        from engine.signals import catch_signals
-
-        with catch_signals():
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def use_terminal(path):
+    """Makes it the controlling terminal of this process, its input and its output."""
+    os.setsid()
+    terminal = os.open(path, os.O_RDWR)
+    for number in range(3):
+        os.dup2(terminal, number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
 
 
-@pytest.fixture(scope="module")
-def two_epochs(tmp_path_factory):
-    """A run of two epochs on images of 2 × 64 colours, interrupted after the first one."""
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder / "data", seed=0)
-    args = (*RUN[1:], "--batch-size", 16, "--epochs", 3, "--warmup-epochs", 0, "--save-every", 1)
-    done = launch(1, "main_moco.py", folder / "data", *args, "--output-dir", folder / "run")
-    assert done.returncode == 0, done.stderr
-    run = folder / "run"
-    (run / "checkpoint_0001.pth").replace(run / checkpoint.LAST)
-    (run / checkpoint.PREVIOUS).unlink()
-    return folder, args
+def test_a_closed_terminal_saves_and_stops(tmp_path):
+    """The progress bar is on the terminal: whatever is written there raises when it is gone."""
+    run = tmp_path / "run"
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 200, 0, 0))  # rows, columns
+    prepare = partial(use_terminal, os.ttyname(slave))
+    child = Child(tmp_path, "main_moco.py", *ENDLESS, "--output-dir", run, prepare=prepare)
+    output = b""
+    while b"loss" not in output:  # in the bar
+        assert child.wait(0.02) is None, output
+        if select.select([master], [], [], 0)[0]:
+            output += os.read(master, 1000)
+    os.close(slave)
+    os.close(master)
+    code = child.wait(30)
+    if code is None:
+        child.process.kill()
+    assert code == 75, output
+    assert checkpoint.load(run / checkpoint.LAST)["iteration"] > 0
 
 
-def write_images(folder, seed):
-    from PIL import Image
-
-    generator = torch.Generator().manual_seed(seed)
-    for name in ("a", "b"):
-        (folder / "train" / name).mkdir(parents=True)
-        for i in range(32):
-            pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(folder / "train" / name / f"{i}.png")
-
-
-def resume(script, two_epochs, tmp_path, data, *args):
-    """Resumes a copy of the run on `data` → exit code, stdout, stderr, the folder."""
-    folder, flags = two_epochs
-    shutil.copytree(folder / "run", tmp_path / "run")
-    command = (data, *flags, "--output-dir", tmp_path / "run", "--resume", "auto", *args)
-    return *script("main_moco.py", *command), tmp_path / "run"
+def test_under_nohup_sighup_is_ignored(tmp_path):
+    run = tmp_path / "run"
+    argv = (*TINY, "--batch-size", 32, "--epochs", 1, "--knn-every", 0, "--output-dir", run)
+    prepare = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    child = Child(tmp_path, "main_moco.py", *argv, prepare=prepare)
+    wait_for_log(run, child)
+    os.kill(child.pid, signal.SIGHUP)
+    assert child.wait() == 0, child.said()
 
 
-def test_other_images_of_equal_names_are_refused(script, two_epochs, tmp_path):
-    write_images(tmp_path / "other", seed=1)
-    code, _, error, _ = resume(script, two_epochs, tmp_path, tmp_path / "other")
-    assert code == 2 and "other images or labels in" in error and error.count("\n") == 1
+# Identity of data
 
 
-def test_a_renamed_class_is_refused(script, two_epochs, tmp_path):
-    shutil.copytree(two_epochs[0] / "data", tmp_path / "data")
-    (tmp_path / "data/train/b").rename(tmp_path / "data/train/c")
-    code, _, error, _ = resume(script, two_epochs, tmp_path, tmp_path / "data")
-    assert code == 2 and "it has a, b, the images a, c" in error
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of 8 images to train on and 4 to validate."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "photos"
 
 
-def test_a_moved_folder_is_the_same_data(script, two_epochs, tmp_path):
-    shutil.copytree(two_epochs[0] / "data", tmp_path / "moved")
-    code, out, error, _ = resume(script, two_epochs, tmp_path, tmp_path / "moved")
-    assert code == 0, error
-    assert "resumed after step 4 of 12" in out
+SMALL = {
+    "main_moco.py": (*TINY[1:], "--batch-size", 8, "--knn-every", 0),
+    "main_lincls.py": tuple("--batch-size 8 --epochs 2 --workers 0 --device cpu".split()),
+    "main_finetune.py": tuple(
+        "--batch-size 8 --epochs 2 --workers 0 --device cpu --lr 1 --warmup-epochs 1".split()
+    ),
+}
 
 
-def test_another_batch_size_goes_on_with_the_next_epoch(script, two_epochs, tmp_path):
-    data = two_epochs[0] / "data"
-    args = ("--batch-size", 32, "--allow-changed-args")
-    code, out, error, run = resume(script, two_epochs, tmp_path, data, *args)
-    assert code == 0, error
-    assert "resumed after step 2 of 6" in out  # 64 images: one epoch of two steps
-    training = [line for line in read_log(run / "log.jsonl") if "loss" in line][-4:]
-    assert [line["epoch"] for line in training] == [1.5, 2.0, 2.5, 3.0]
-    assert training[-1]["lr"] == pytest.approx(
-        1e-3 * 32 / 256 * (1 + torch.cos(torch.tensor(torch.pi * 2.5 / 3)).item()) / 2, rel=1e-4
-    )
+def replace_images(photos):
+    for path in photos.rglob("*.png"):
+        Image.open(path).rotate(90).save(path)
 
 
-@pytest.mark.parametrize(("batch_size", "resumes_at"), [(32, 3), (64, None)])
-def test_another_batch_size_goes_on_after_the_same_images(
-    script, two_epochs, tmp_path, batch_size, resumes_at
+def rename_class(photos):
+    for split in ("train", "val"):
+        (photos / split / "cat").rename(photos / split / "lynx")
+
+
+def exchange_labels(photos):
+    for i in (1, 2):
+        cat, dog = photos / "train" / "cat" / f"{i}.png", photos / "train" / "dog" / f"{i}.png"
+        cat.rename(photos / "moved.png")
+        dog.rename(cat)
+        (photos / "moved.png").rename(dog)
+
+
+def rename_file(photos):
+    (photos / "train" / "cat" / "0.png").rename(photos / "train" / "cat" / "x.png")
+
+
+@pytest.mark.parametrize("change", [replace_images, rename_class, exchange_labels, rename_file])
+def test_other_data_of_equal_size_is_refused(script, tmp_path, photos, change):
+    argv = ("main_moco.py", photos, *SMALL["main_moco.py"], "--output-dir", tmp_path / "run")
+    with interrupted_after_saving():
+        assert script(*argv)[0] == 130
+    saved = (tmp_path / "run" / checkpoint.LAST).read_bytes()
+    change(photos)
+    code, out, err = script(*argv, "--resume", "auto")
+    assert (code, err.count("\n")) == (2, 1), out + err
+    assert f"other images or labels in {photos}" in err or "was trained on other classes" in err
+    assert (tmp_path / "run" / checkpoint.LAST).read_bytes() == saved
+
+
+def test_args_json_states_the_identity_of_a_run(script, tmp_path, photos):
+    argv = (*SMALL["main_moco.py"], "--epochs", 1, "--output-dir", tmp_path / "run")
+    assert script("main_moco.py", photos, *argv)[0] == 0
+    metadata = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert metadata["class_names"] == ["cat", "dog"] and len(metadata["data_digest"]) == 16
+    assert metadata["args"]["batch_size"] == 8 and metadata["world_size"] == 1
+
+
+def test_a_moved_folder_is_the_same_data(script, tmp_path, photos):
+    argv = (*SMALL["main_moco.py"], "--output-dir", tmp_path / "run")
+    with interrupted_after_saving():
+        assert script("main_moco.py", photos, *argv)[0] == 130
+    photos.rename(tmp_path / "elsewhere")
+    code, out, err = script("main_moco.py", tmp_path / "elsewhere", *argv, "--resume", "auto")
+    assert code == 0 and "resumed after step 2 of 4" in out, err
+
+
+def test_other_images_may_be_allowed(script, tmp_path, photos):
+    argv = ("main_moco.py", photos, *SMALL["main_moco.py"], "--output-dir", tmp_path / "run")
+    with interrupted_after_saving():
+        assert script(*argv)[0] == 130
+    replace_images(photos)
+    code, out, _ = script(*argv, "--resume", "auto", "--allow-changed-args")
+    assert code == 0 and f"resuming with other arguments: other images or labels in {photos}" in out
+
+
+@pytest.mark.parametrize("name", ["main_lincls.py", "main_finetune.py"])
+def test_a_classifier_is_not_resumed_with_its_classes_in_another_order(
+    script, tmp_path, photos, pretrained, name
 ):
-    folder, flags = two_epochs
-    run = tmp_path / "run"
-    shutil.copytree(folder / "run", run)
-    whole = checkpoint.load(run / checkpoint.LAST)
-    whole["iteration"] += 2  # half of the second epoch: 32 of 64 images
-    whole["logger"]["steps"] += 2
-    torch.save(whole, run / checkpoint.LAST)
-    code, out, error = script(
-        "main_moco.py", folder / "data", *flags, "--output-dir", run, "--resume", "auto",
-        "--batch-size", batch_size, "--allow-changed-args",
-    )  # fmt: skip
-    if resumes_at is None:
-        assert code == 2 and "after 32 images of an epoch, which --batch-size 64" in error
-    else:
-        assert code == 0 and f"resumed after step {resumes_at} of 6" in out, error
+    argv = (*SMALL[name], "--pretrained", pretrained, "--output-dir", tmp_path / "run")
+    with interrupted_after_saving():
+        assert script(name, photos, *argv)[0] == 130
+    path = tmp_path / "run" / checkpoint.LAST
+    state = torch.load(path, weights_only=True)
+    assert state["class_names"] == ["cat", "dog"]
+    torch.save(state | dict(class_names=["dog", "cat"]), path)
+    for flags in ((), ("--allow-changed-args",)):
+        code, out, err = script(name, photos, *argv, "--resume", "auto", *flags)
+        assert (code, err.count("\n")) == (2, 1), out + err
+        assert "it has dog, cat, the images cat, dog" in err
+    torch.save(state, path)
+    assert script(name, photos, *argv, "--resume", "auto")[0] == 0
 
 
-def test_a_flag_that_an_older_run_did_not_know_counts_as_its_default(script, two_epochs, tmp_path):
-    folder, flags = two_epochs
-    run = tmp_path / "run"
-    shutil.copytree(folder / "run", run)
-    older = checkpoint.load(run / checkpoint.LAST)
-    del older["args"]["clip_grad"]
-    torch.save(older, run / checkpoint.LAST)
-    command = (folder / "data", *flags, "--output-dir", run, "--resume", "auto")
-    code, _, error = script("main_moco.py", *command, "--clip-grad", 1)
-    assert code == 2 and "--clip-grad None → 1.0" in error
-    code, _, error = script("main_moco.py", *command)
-    assert code == 0, error
+# Another batch size
 
 
-def test_a_classifiers_classes_may_not_change_their_order(script, pretrained, tmp_path):
-    flags = "--batch-size 256 --epochs 2 --workers 0 --device cpu --amp off".split()
-    args = ("digits", "--pretrained", pretrained, *flags, "--output-dir", tmp_path / "run")
-    code, _, error = script("main_lincls.py", *args)
-    assert code == 0, error
-    permuted = checkpoint.load(tmp_path / "run" / checkpoint.LAST)
-    permuted["class_names"] = permuted["class_names"][::-1]
-    torch.save(permuted, tmp_path / "run" / checkpoint.LAST)
-    code, _, error = script("main_lincls.py", *args, "--resume", "auto")
-    assert code == 2 and "or the same in another order: it has 9, 8, 7, …" in error
+@pytest.fixture
+def shown(monkeypatch):
+    """The keys (epoch, index) of the images that main_moco.py shows, in order."""
+    keys, make_batch = [], TwoCrops.make_batch
+
+    def record(crops, batch, unreadable):
+        keys.extend(batch)
+        return make_batch(crops, batch, unreadable)
+
+    monkeypatch.setattr(TwoCrops, "make_batch", record)
+    monkeypatch.setattr(plots, "plot_views", lambda *_: keys.clear())  # of the first images
+    return keys
 
 
-def test_what_a_run_is_stands_in_args_json(two_epochs):
-    about = json.loads((two_epochs[0] / "run" / "args.json").read_text())
-    assert about["class_names"] == ["a", "b"] and len(about["data_digest"]) == 16
-    assert about["args"]["batch_size"] == 16 and about["world_size"] == 1
+def stop_after(script, step, argv):
+    """Runs main_moco.py, and stops it by a signal after `step` steps."""
+    codes = iter([0] * (step - 1) + [75])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "pending_exit_code", lambda: next(codes))
+        code, _, err = script("main_moco.py", *argv)
+    assert code == 75 and f"saved after step {step}" in err
 
 
-@pytest.mark.slow
-def test_the_lock_dies_with_its_process(tmp_path):
-    """POSIX locks aren't inherited: data-loading workers don't keep a dead run's folder."""
-    folder = tmp_path / "run"
-    child = start(folder, "--workers", 2)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    start_time = time.monotonic()
-    done = launch(1, "main_moco.py", *RUN, "--epochs", 1, "--output-dir", folder, "--resume",
-                  "auto", "--allow-changed-args")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start_time < 60
+@pytest.mark.parametrize(
+    "batch_size, step, new_batch_size, new_step, new_total",
+    [
+        (16, 10, 32, 5, 10),  # after an epoch, before its end is noted
+        (16, 4, 32, 2, 10),  # within an epoch, after 64 images
+        (16, 14, 8, 28, 40),
+    ],
+)
+def test_another_batch_size_continues_at_the_same_images(
+    script, tmp_path, few_digits, shown, batch_size, step, new_batch_size, new_step, new_total
+):
+    argv = (few_digits, *TINY[1:], "--knn-every", 0, "--output-dir")
+    batch = ("--batch-size", batch_size)
+    assert script("main_moco.py", *argv, tmp_path / "whole", *batch)[0] == 0
+    whole = shown.copy()
+    stop_after(script, step, (*argv, tmp_path / "run", *batch))
+    assert shown == whole[: step * batch_size]
+    batch = ("--batch-size", new_batch_size, "--resume", "auto")
+    code, _, err = script("main_moco.py", *argv, tmp_path / "run", *batch)
+    assert code == 2 and f"--batch-size {batch_size} → {new_batch_size}" in err
+
+    code, out, err = script("main_moco.py", *argv, tmp_path / "run", *batch, "--allow-changed-args")
+    assert code == 0, err
+    assert f"resumed after step {new_step} of {new_total}" in out
+    assert shown == whole[step * batch_size :]
+    last = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "lr" in line][-1]
+    assert (last["step"], last["epoch"]) == (new_total, 2)
+    t = 2 * (new_total - 1) / new_total
+    lr = warmup_cosine_lr(t, 2, 1, scaled_lr(1e-3, new_batch_size))
+    assert last["lr"] == pytest.approx(lr, rel=1e-4)
+
+
+def test_a_batch_size_that_does_not_divide_what_was_seen_is_refused(script, tmp_path, few_digits):
+    argv = (few_digits, *TINY[1:], "--knn-every", 0, "--output-dir", tmp_path)
+    stop_after(script, 5, (*argv, "--batch-size", 16))
+    flags = ("--batch-size", 32, "--resume", "auto", "--allow-changed-args")
+    code, _, err = script("main_moco.py", *argv, *flags)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "after 80 images of an epoch, which --batch-size 32 does not divide" in err
+
+
+def test_batch_sizes_that_drop_other_images_continue_at_the_epoch(script, tmp_path, few_digits):
+    argv = (few_digits, *TINY[1:], "--knn-every", 0, "--output-dir", tmp_path)
+    with interrupted_after_saving():  # after 3 steps of 48 images; 16 are dropped
+        assert script("main_moco.py", *argv, "--batch-size", 48)[0] == 130
+    flags = ("--batch-size", 16, "--resume", "auto", "--allow-changed-args")
+    code, out, err = script("main_moco.py", *argv, *flags)
+    assert code == 0 and "resumed after step 10 of 20" in out, err
+
+
+# Arguments
+
+
+def test_a_flag_that_an_older_checkpoint_lacks_counts_as_its_default(script, tmp_path):
+    argv = ("main_moco.py", *TINY, "--knn-every", 0, "--output-dir", tmp_path, "--resume", "auto")
+    with interrupted_after_saving():
+        assert script(*argv)[0] == 130
+    path = tmp_path / checkpoint.LAST
+    state = torch.load(path, weights_only=True)
+    for name in ("clip_grad", "crop_min", "max_pixels"):
+        del state["args"][name]
+    torch.save(state, path)
+    code, _, err = script(*argv, "--crop-min", 0.5)
+    assert code == 2 and "--crop-min 0.08 → 0.5" in err and "clip" not in err
+    assert script(*argv)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--epochs 0 --warmup-epochs 0", "--epochs 0 trains nothing"),
+        ("-b 1000 --epochs 1", "the only step would be at learning rate 0: --warmup-epochs 0"),
+    ],
+)
+def test_a_schedule_that_trains_nothing_is_refused(script, tmp_path, flags, words):
+    argv = ("main_moco.py", *TINY, *flags.split(), "--output-dir", tmp_path / "run")
+    code, _, err = script(*argv)
+    assert (code, err.count("\n")) == (2, 1) and words in err
+    assert not (tmp_path / "run").exists()

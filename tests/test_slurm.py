@@ -53,6 +53,7 @@ def sbatch(folder, *args, nodes=2):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_nodes_train_together(tmp_path):
     run = tmp_path / "run"
     job = sbatch(tmp_path, "main_moco.py", *TINY, "--epochs", 1, "--knn-every", 0,
@@ -63,9 +64,11 @@ def test_two_nodes_train_together(tmp_path):
     assert len([line for line in read_log(run / "log.jsonl") if "loss" in line]) == 5
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_is_over_is_saved_and_queued_again(tmp_path):
     run = tmp_path / "run"
-    argv = ("main_moco.py", *TINY, "--batch-size", 32, "--output-dir", run, "--resume", "auto")
+    argv = ("main_moco.py", *TINY, "--batch-size", 16, "--epochs", 1, "--knn-every", 0)
+    argv += ("--output-dir", run, "--resume", "auto")
     job = sbatch(tmp_path, *argv, nodes=1)
     while not read_log(run / "log.jsonl")[3:]:
         assert job.poll() is None, job.communicate()
@@ -76,7 +79,7 @@ def test_a_job_whose_time_is_over_is_saved_and_queued_again(tmp_path):
     step = re.search(r"stopped: saved after step (\d+)", errors)[1]
     job = sbatch(tmp_path, *argv, nodes=1)
     said, errors = job.communicate(timeout=300)
-    assert job.returncode == 0 and f"resumed after step {step} of 88" in said
+    assert job.returncode == 0 and f"resumed after step {step} of 89" in said
     assert "queued again" not in said
 
 

@@ -311,7 +311,10 @@ def fine_tuned(pretrained, folder):
     return saved(folder, checkpoint.load(pretrained) | dict(state_dict=state), "tuned.pth")
 
 
-@pytest.mark.parametrize("source", ["other project", "fine-tuned", "other widths", "all of it"])
+SLOW_SOURCES = [pytest.param(s, marks=pytest.mark.slow) for s in ("fine-tuned", "all of it")]
+
+
+@pytest.mark.parametrize("source", ["other project", "other widths", *SLOW_SOURCES])
 def test_init_from(script, tmp_path, nano, pretrained, source):
     """The model as it is before the first step, which lr 0 and m 1 keep."""
     path = nano[0] if source == "other project" else pretrained
@@ -337,6 +340,7 @@ def test_init_from(script, tmp_path, nano, pretrained, source):
     assert not torch.equal(state["predictor.0.weight"][:, :16], old["predictor.0.weight"][:, :16])
 
 
+@pytest.mark.slow
 def test_a_run_that_started_from_learned_positions_resumes_with_them(script, tmp_path, nano):
     path, model = nano
     run = [*TINY, "--init-from", path, "--output-dir", tmp_path / "run", "--knn-every", 0]

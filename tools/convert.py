@@ -98,7 +98,9 @@ def check(args, weights, model):
         )
     is_torchvisions = arch in RESNETS and model.conv1.weight.shape == (64, 3, 7, 7)
     has_own_stem = config["small_stem"] or VITS.get(arch, {}).get("conv_stem")
-    is_ablation = config.get("pool", "token") != "token" or config.get("pos_embed") == "none"
+    is_ablation = (
+        config.get("vit_pool", "token") != "token" or config.get("vit_pos_embed") == "none"
+    )
     timm_lacks_it = has_own_stem or is_ablation
     if (to == "torchvision" and not is_torchvisions) or (to == "timm" and timm_lacks_it):
         stem = "" if arch in VITS else " with this stem"
