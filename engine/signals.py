@@ -75,7 +75,8 @@ def _leave_closed_terminal():
     """Sends output to /dev/null where the terminal is gone: writing to it would raise."""
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
-        # A terminal that was closed is still a character device, but no terminal any more.
-        if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
-            os.dup2(null, stream)
+        with suppress(OSError):  # a stream that was closed
+            # A terminal that is gone is still a character device, but no terminal any more.
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                os.dup2(null, stream)
     os.close(null)

@@ -103,6 +103,7 @@ def test_gray_images_through_all_scripts(script, gray, tmp_path, monkeypatch):
     assert code == 2 and "is for 1 channel(s): drop --in-chans 3" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_six_channels_through_all_scripts(script, deep, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     run, means = tmp_path / "run", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
@@ -125,6 +126,7 @@ def test_six_channels_through_all_scripts(script, deep, tmp_path, monkeypatch):
     assert code == 0 and Image.open(out).size[0] > 100, err
 
 
+@pytest.mark.slow
 def test_oblong_images_and_a_labelled_list(script, image_file, tmp_path):
     for i in range(32):
         image_file(f"some images/{i} of 32.jpg", height=100, width=170)

@@ -82,6 +82,7 @@ def test_five_kinds_are_pretrained_and_probed(script, tmp_path, two_classes, kin
     assert "on 6 images" in run(script, "main_lincls.py", two_classes, *argv)
 
 
+@pytest.mark.slow
 def test_a_timm_vit_is_tuned_at_another_size(script, tmp_path, two_classes):
     path, out = tmp_path / "pre" / "checkpoint.pth", tmp_path / "tuned"
     args = [*PRETRAIN, "-a", "timm/vit_tiny_patch16_224", "--img-size", 16, 24, "--patch-size", 8]

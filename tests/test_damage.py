@@ -149,6 +149,7 @@ def test_damage_is_refused_in_one_line(good, tmp_path, script, damaged, count):
     assert refused["main_moco.py"] >= (0.7 * count if damaged is flipped else count)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_before_takes_over(tmp_path, script):
     argv = (*TINY, "--output-dir", tmp_path, "--resume", "auto")
     script("main_moco.py", *argv)

@@ -64,6 +64,7 @@ def test_scripts_import_no_other_script(path):
     assert not imported(path) & (SCRIPTS | TOOLS)
 
 
+@pytest.mark.slow
 def test_the_library_can_be_copied_and_imported_alone(tmp_path):
     for path in [*MOCO, ROOT / "vits.py"]:
         copy = tmp_path / path.relative_to(ROOT)

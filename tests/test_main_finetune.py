@@ -50,7 +50,7 @@ def test_it_leaves_last_and_best(script, tmp_path, pretrained):
     assert code == 0 and averaged != out
 
 
-@pytest.mark.parametrize("lr_per", ["iteration", "epoch"])
+@pytest.mark.parametrize("lr_per", ["epoch", pytest.param("iteration", marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, pretrained, lr_per):
     argv = ["--pretrained", pretrained, "--drop-path", 0.2, "--lr-per", lr_per, "--evaluate-ema"]
     finetune(script, tmp_path / "whole", *argv, "--workers", int(lr_per == "epoch"))

@@ -104,6 +104,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, pretrain
     assert "linear  top-1" in probe(script, broken, *argv, "--resume", "auto")  # nothing left to do
 
 
+@pytest.mark.slow
 def test_accuracy_is_the_same_on_any_number_of_processes(script, tmp_path, pretrained):
     probe(script, tmp_path, "--pretrained", pretrained, "--lr", 3)
     argv = ["digits", "--pretrained", tmp_path / "linear_lr3.pth", "--evaluate", "--knn",
@@ -129,7 +130,7 @@ def test_an_lr_that_diverges_leaves_the_others(script, tmp_path, pretrained):
     assert out.count("(diverged)") == 1 and out.rstrip().endswith("lr 1")
 
 
-@pytest.mark.parametrize("arch", ["vit_small", "resnet18"])
+@pytest.mark.parametrize("arch", ["resnet18", pytest.param("vit_small", marks=pytest.mark.slow)])
 def test_official_files_are_read(script, tmp_path, image_file, arch):
     for split in ("train", "val"):
         for name in "abcd":

@@ -57,7 +57,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path):
     assert code == 0 and "nothing left to do" in out
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("off", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", ["vit_nano", "vit_conv_nano", "resnet18"])
 def test_other_architectures_and_precisions_train(script, tmp_path, few_digits, arch, amp):
     argv = " ".join(TINY[1:]).replace("vit_nano", arch)
@@ -160,6 +160,7 @@ def test_unreadable_image_stops_training_with_one_line(script, tmp_path, image_f
     assert (code, err.count("\n")) == (1, 1) and "unreadable image" in err and "29.jpg" in err
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_run_is_not_overwritten(script, tmp_path):
     argv = (*TINY, "--epochs", 1, "--output-dir", tmp_path)
     assert script("main_moco.py", *argv)[0] == 0

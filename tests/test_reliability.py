@@ -190,6 +190,7 @@ def test_a_full_disk_costs_one_checkpoint(disk, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["full", pytest.param("read-only", marks=slow)])
+@pytest.mark.slow
 def test_a_disk_that_takes_nothing_stops_the_run_at_the_second_save(disk, tmp_path, what):
     argv = ("main_moco.py", *SHORT, "--output-dir", disk / "run", "--resume", "auto")
     child = Child(tmp_path, *argv)
@@ -275,6 +276,7 @@ def test_torchrun_restarts_killed_workers_to_the_same_end(on_two_ranks, tmp_path
 
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(4, marks=slow)])
+@pytest.mark.slow
 def test_a_run_of_two_ranks_continues_on_another_number(on_two_ranks, tmp_path, num_ranks):
     argv = (*HALF, "--output-dir", tmp_path / "run", "--resume", "auto")
     children = start(2, tmp_path, "main_moco.py", *argv)

@@ -78,6 +78,7 @@ def test_processes_started_without_torchrun_are_refused(script, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_single_task_and_torchrun_in_tasks_are_fine(script, tmp_path, monkeypatch):
     argv = (*TINY, "--epochs", 1, "--knn-every", 0, "--output-dir")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")

@@ -378,7 +378,14 @@ def names(run):
 DOWNSTREAM = "--batch-size 40 --workers 2 --epochs 1 --device cpu --print-freq 1".split()
 
 
-@pytest.mark.parametrize("name", ["main_moco.py", "main_lincls.py", "main_finetune.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "main_moco.py",
+        pytest.param("main_lincls.py", marks=pytest.mark.slow),
+        pytest.param("main_finetune.py", marks=pytest.mark.slow),
+    ],
+)
 def test_a_set_with_damaged_files_is_trained_on_and_they_are_counted(
     script, name, damaged, pretrained, tmp_path
 ):

@@ -265,6 +265,7 @@ def nano(tmp_path):
 SHORT = ["--device", "cpu", "--amp", "off", "--workers", 0]
 
 
+@pytest.mark.slow
 def test_every_script_takes_weights_of_other_projects(script, tmp_path, nano):
     path, _ = nano
     probe = ["digits", *SHORT, "--pretrained", path, "-b", 256, "--epochs", 1]
@@ -353,6 +354,7 @@ def test_a_run_that_started_from_learned_positions_resumes_with_them(script, tmp
     assert torch.equal(state["momentum_encoder.pos_embed"], model.pos_embed)
 
 
+@pytest.mark.slow
 def test_init_from_a_vit_small_needs_its_heads(tmp_path):
     path = plain_vit_small(tmp_path)
     model = MoCo(create_backbone("vit_small"), dim=8, mlp_dim=8)
