@@ -5,9 +5,9 @@ One process (GPU or CPU), after `python main_moco.py @recipes/digits.txt`:
 8 GPUs:
     torchrun --nproc_per_node=8 main_lincls.py @recipes/lincls_vit_small.txt /data/imagenet \\
         --pretrained runs/vit_small_300/checkpoint.pth
-Five learning rates for the price of one, kNN before; then the accuracy of a saved classifier:
+kNN, then five learning rates in one pass; then the accuracy of a saved classifier:
     python main_lincls.py /data/imagenet --pretrained CKPT --knn --lr .1 .3 1 3 10
-    python main_lincls.py /data/imagenet --pretrained linear_lr3.pth --evaluate
+    python main_lincls.py /data/imagenet --pretrained runs/RUN_lincls/linear_lr3.pth --evaluate
 """
 
 import copy
@@ -44,6 +44,8 @@ def parse_args(argv=None):
         parser.error("--knn-bank needs --knn")
     if args.epochs == 0 and not (args.knn or args.evaluate):
         parser.error("--epochs 0 trains nothing: add --knn or --evaluate")
+    if args.epochs == 0 and (args.resume or args.output_dir):
+        parser.error("--epochs 0 has no run: drop --resume and --output-dir")
     return args
 
 

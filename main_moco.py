@@ -30,6 +30,7 @@ from moco import (
     set_lr,
     warmup_cosine_lr,
 )
+from moco.builder import AnyBatchNorm
 from moco.gradients import GradientMonitor
 from vits import POOLING
 
@@ -160,6 +161,11 @@ def create_model(args, config, env):
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     backbone = config.create_backbone(stop_grad_conv1=args.stop_grad_conv1)
     check_bf16_conv_gradients(backbone, config, env)
+    if args.encode_chunk > 0 and any(isinstance(m, AnyBatchNorm) for m in backbone.modules()):
+        raise UserError(
+            f"--encode-chunk is for backbones without BatchNorm, not for {args.arch}: drop it, or "
+            "lower --batch-size"
+        )
     model = MoCo(
         env.sync_batchnorm(backbone),
         dim=args.moco_dim,

@@ -21,7 +21,7 @@ VITS = {
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
     "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),
     "vit_huge": dict(embed_dim=1280, depth=32, num_heads=16, patch_size=14),
-    # The stem takes the place of one block (paper Sec. 5, after Xiao et al., "Early Convolutions").
+    # The stem takes the place of one block (Xiao et al. 2021, "Early Convolutions").
     "vit_conv_small": dict(embed_dim=384, depth=11, num_heads=12, conv_stem=True),
     "vit_conv_base": dict(embed_dim=768, depth=11, num_heads=12, conv_stem=True),
 }
@@ -98,6 +98,10 @@ class VisionTransformer(TimmVisionTransformer):
         **kwargs,
     ):
         img_size, patch_size = to_pair(img_size), to_pair(patch_size)
+        if pos_embed not in ("sincos", "learned", "none"):
+            raise ValueError(f"unknown pos_embed {pos_embed!r}: 'sincos', 'learned' or 'none'")
+        if pool not in POOLING:
+            raise ValueError(f"unknown pool {pool!r}: one of {', '.join(POOLING)}")
         if conv_stem and stop_grad_conv1:
             raise ValueError("stop_grad_conv1 has no patch projection to fix in a conv stem")
         if conv_stem and patch_size not in ((2, 2), (4, 4), (8, 8), (16, 16), (32, 32)):

@@ -182,6 +182,7 @@ SCHEMA = {  # key: (predicate, what it should be)
     "args": (_is_dict, "a dict"),
     "class_names": (_is_text_list, "a list of texts"),
     "data_digest": (_is_text, "a text"),
+    "val_digest": (_is_text, "a text"),
 }
 
 

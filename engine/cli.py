@@ -24,10 +24,6 @@ MAY_CHANGE = set(
 )
 
 
-def may_change(name):
-    return name in MAY_CHANGE
-
-
 class Args(argparse.Namespace):
     """The flags of a script; `defaults` is beside them, not one of them: vars() leaves it out."""
 
@@ -121,7 +117,7 @@ def shared_flags():
     add = parser.add_argument
     val = "labelled images to validate, in any form of DIR, in place of DIR's own"
     add("--val", metavar="DIR", help=val)
-    max_bad = "largest fraction of unreadable training images (default: 0.001)"
+    max_bad = "unreadable images, as a fraction of the training images (default: 0.001)"
     add("--max-bad-images", type=fraction, default=0.001, metavar="FRACTION", help=max_bad)
     add("--epochs", type=non_negative_int, default=100, help="passes over the data")
     add("-b", "--batch-size", type=positive_int, default=4096, help="images per step, of all ranks")

@@ -105,7 +105,7 @@ def check_launcher():
     """UserError where processes were started side by side without torchrun's variables."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     present = [name for name in needed if name in os.environ]
-    if present and "RANK" in present and len(present) < len(needed):
+    if "RANK" in present and len(present) < len(needed):
         missing = ", ".join(name for name in needed if name not in present)
         raise UserError(f"RANK is set without {missing}: start processes with torchrun")
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"

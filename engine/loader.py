@@ -425,7 +425,7 @@ class _ImageList:
         if not resumed:
             path.unlink()
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             name, tab, reason = line.partition("\t")
             if tab:
                 self.new[name] = reason

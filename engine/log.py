@@ -1,6 +1,7 @@
 """Metrics of a run: log.jsonl, TensorBoard, the progress bar; rank 0 alone writes."""
 
 import json
+import math
 import sys
 import time
 from contextlib import suppress
@@ -190,20 +191,22 @@ class MetricLogger:
         shown = [n for n in self.names if n != "loss" and not n.startswith("grad_")]
         metrics = "".join(f"  {name} {self.latest[name]:.2f}" for name in shown)
         self.print(
-            f"epoch {epoch}/{self.epochs}  {self._summary()}{metrics}  "
+            f"epoch {epoch}/{self.epochs}  {self._summary(with_eval=evaluated)}{metrics}  "
             f"{self.latest['images_per_s']:,.0f} images/s, "
             f"{100 * self.latest['data_wait']:.0f} % of the time waiting for data"
         )
 
-    def _summary(self):
+    def _summary(self, with_eval=True):
         chance = f" (chance {self.latest['chance']:.2f})" if "chance" in self.latest else ""
-        last_eval = f", {self.last_eval}" if self.last_eval else ""
+        last_eval = f", {self.last_eval}" if self.last_eval and with_eval else ""
         return f"loss {self.latest['loss']:.3f}{chance}{last_eval}"
 
     def _write_line(self, values):
         if not is_main():
             return
-        values = {key: float(f"{value:.6g}") for key, value in values.items()}
+        # fp16's loss scaler skips steps with infinite gradients; JSON has no such numbers.
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        values = {key: float(f"{value:.6g}") for key, value in finite.items()}
         line = dict(epoch=round(self.step / self.steps_per_epoch, 4), step=self.step) | values
         self.num_lines += 1
         self.unwritten += json.dumps(line).encode() + b"\n"
@@ -217,7 +220,11 @@ class MetricLogger:
 def read_log(path):
     """log.jsonl → list of dicts; a last line that a crash truncated is dropped."""
     lines = []
-    for text in Path(path).read_text().splitlines() if Path(path).exists() else ():
+    for text in (
+        Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        if Path(path).exists()
+        else ()
+    ):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

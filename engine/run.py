@@ -15,7 +15,7 @@ import torch
 from engine import checkpoint as checkpoints
 from engine import plots
 from engine.checkpoint import LAST, PREVIOUS, DamagedCheckpoint, atomic_write
-from engine.cli import may_change
+from engine.cli import MAY_CHANGE
 from engine.datasets import dataset_digest
 from engine.errors import UserError, first_line
 from engine.launch import all_gather_object, all_reduce_max, check_same_on_all_ranks, print_rank0
@@ -76,11 +76,14 @@ class Run:
             args=vars(self.args),
             class_names=splits.class_names,
             data_digest=digest,
+            val_digest=None,
             world_size=world_size(),
             device=str(self.env.device),
             precision=self.env.precision(),
             versions=versions(),
         )
+        if splits.val is not None and "results" in self.stateful:  # best accuracies refer to it
+            self.metadata["val_digest"] = dataset_digest(splits.val, splits.class_names)
         self._load_newest(same_world_size)
         check_same_on_all_ranks(
             self.env,
@@ -109,6 +112,9 @@ class Run:
                 f"{path} has weights but no arguments of a run to resume: start one with "
                 "--init-from"
             )
+        has_momentum_encoder = any("momentum_encoder." in key for key in state["state_dict"])
+        if has_momentum_encoder != hasattr(self.model, "momentum_encoder"):
+            raise UserError(f"{path} was written by another script: resume it with that one")
         self._check_same_run(path, state, same_world_size)
         try:
             load_model(self.model, state, path)
@@ -131,10 +137,12 @@ class Run:
         changes = []
         for name, value in vars(self.args).items():
             old = old_args.get(name, defaults.get(name))
-            if value != old and not may_change(name):
+            if value != old and name not in MAY_CHANGE:
                 changes.append(f"--{name.replace('_', '-')} {old} → {value}")
         if state.get("data_digest") not in (None, self.metadata["data_digest"]):
             changes.append(f"other images or labels in {self.args.data}")
+        if state.get("val_digest") not in (None, self.metadata["val_digest"]):
+            changes.append("other images to validate")
         if same_world_size and state.get("world_size") != world_size():
             changes.append(
                 f"{state.get('world_size')} → {world_size()} processes, each of which draws its "
@@ -297,12 +305,15 @@ class Run:
                 self.failed_saves = 0
             except OSError as error:
                 self.failed_saves += 1
-                goes_on = ", and training continues until the next save"
-                print_rank0(
+                message = (
                     f"can't save to {self.folder} after step {self.step}: {first_line(error)}; "
-                    "the checkpoint before is intact" + (goes_on if self.failed_saves == 1 else ""),
-                    sys.stderr,
+                    "the checkpoint before is intact"
                 )
+                if keep_as:
+                    message += f", {keep_as} is not written"
+                if self.failed_saves == 1:
+                    message += ", and training continues until the next save"
+                print_rank0(message, sys.stderr)
         self.saved_at = time.monotonic()
         # The all-reduce is a barrier, too: no rank continues or exits while rank 0 writes.
         if all_reduce_max(self.failed_saves) > 1:
@@ -391,6 +402,8 @@ def claim_folder(folder):
 
 def _lock(folder):
     path = folder / LOCK
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output-dir {folder} is a file, not a folder")
     try:
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
 """Spikes of the gradient and dips of kNN: the instability of the paper, told when it happens."""
 
+import math
 import statistics
 from collections import deque
 
 SPIKE_FACTOR = 5  # above this multiple of the running median a gradient is a spike
-WINDOW = 100  # steps of the running median
+WINDOW = 100  # steps without spikes that the running median is of
 MIN_STEPS = 20  # before a median means something
 MAX_LAG = 100  # steps from a spike in the first layer to the one in the last that belongs to it
 DIP = 1.0  # percentage points below the best kNN so far
@@ -62,13 +63,14 @@ class SpikeDetector:
         """The running median if a spike begins, else None."""
         window = self.windows[place]
         median = statistics.median(window) if len(window) >= MIN_STEPS else None
-        # NaN is no spike: the loss tells of it.
-        is_spike = median is not None and value > SPIKE_FACTOR * median > 0
+        # Not finite: a step that fp16's loss scaler skips, or a divergence that the loss shows.
+        is_finite = math.isfinite(value)
+        is_spike = median is not None and is_finite and value > SPIKE_FACTOR * median > 0
         begins = is_spike and not self.spiking[place]
         self.spiking[place] = is_spike
         if begins:
             self.counts[place] += 1
-        if not is_spike and value == value:
+        if not is_spike and is_finite:
             window.append(value)
         return median if begins else None
 

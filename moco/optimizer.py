@@ -103,6 +103,8 @@ def warmup_cosine_lr(t, total, warmup, peak_lr):
     """
     if t < warmup:
         return peak_lr * t / warmup
+    if warmup == total:
+        return peak_lr
     return peak_lr * (1 + math.cos(math.pi * (t - warmup) / (total - warmup))) / 2
 
 
