@@ -157,3 +157,21 @@ def test_tensorboard_has_the_hyperparameters_and_the_views(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["images"] == ["views"] and "loss" in events.Tags()["scalars"]
     assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_an_epoch_without_evaluation_shows_no_older_one(logger, capsys):
+    logger.log_eval("kNN 40.0 %", knn=40.0)
+    for step in range(1, 6):
+        logger.log_step(step, loss=torch.tensor(1.0), lr=0.1)
+    logger.print_epoch(1, evaluated=False)
+    assert "kNN" not in capsys.readouterr().out
+    logger.print_epoch(1, evaluated=True)
+    assert "kNN 40.0 %" in capsys.readouterr().out
+
+
+def test_numbers_that_json_lacks_are_left_out(logger, tmp_path):
+    for step in range(1, 5):
+        grad = torch.tensor(float("inf"))
+        logger.log_step(step, loss=torch.tensor(1.0), lr=0.1, **{"grad_l2/first": grad})
+    [line] = read_log(tmp_path / "log.jsonl")
+    assert line["loss"] == 1 and "grad_l2/first" not in line

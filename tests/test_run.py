@@ -361,3 +361,21 @@ def test_a_schedule_that_trains_nothing_is_refused(script, tmp_path, flags, word
     code, _, err = script(*argv)
     assert (code, err.count("\n")) == (2, 1) and words in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_probe_goes_on_with_its_own_images_to_validate(script, pretrained, image_file, tmp_path):
+    flags = "--batch-size 256 --epochs 1 --workers 0 --device cpu --amp off".split()
+    argv = ("main_lincls.py", "digits", "--pretrained", pretrained, *flags)
+    code, _, err = script(*argv, "--output-dir", tmp_path / "run")
+    assert code == 0, err
+    image_file("other/3/a.png", 16, 16)
+    resumed = ("--output-dir", tmp_path / "run", "--resume", "auto")
+    code, _, err = script(*argv, *resumed, "--val", tmp_path / "other")
+    assert code == 2 and "other images to validate" in err and err.count("\n") == 1
+
+
+def test_another_scripts_checkpoint_is_refused(script, pretrained, tmp_path):
+    flags = "--batch-size 256 --epochs 1 --workers 0 --device cpu --amp off".split()
+    argv = ("digits", "--pretrained", pretrained, *flags, "--output-dir", tmp_path / "probe")
+    code, _, err = script("main_lincls.py", *argv, "--resume", pretrained)
+    assert code == 2 and "was written by another script" in err and err.count("\n") == 1

@@ -154,3 +154,9 @@ def test_the_classes_raise_value_errors_in_terms_of_their_parameters():
     ):
         with pytest.raises(ValueError, match=words):
             vits.VisionTransformer(**kwargs)
+
+
+@pytest.mark.parametrize("options", [dict(pos_embed="learn"), dict(pool="cls")])
+def test_unknown_variants_are_refused(options):
+    with pytest.raises(ValueError, match=r"unknown (pos_embed|pool)"):
+        vits.vit_nano(img_size=32, **options)
