@@ -1,4 +1,4 @@
-"""MoCo v3 linear probe: kNN and linear classifiers on frozen features (paper Sec. 4).
+"""MoCo v3 linear probe: kNN and linear classifiers on frozen features (paper Sec. 5).
 
 One process (GPU or CPU), after `python main_moco.py @recipes/digits.txt`:
     python main_lincls.py @recipes/lincls_digits.txt

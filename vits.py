@@ -28,7 +28,7 @@ VITS = {
 
 
 # Pooling of the last block's tokens into features; those without a class token are of the study in
-# Sec. 4.3 ("Class token").
+# Sec. 6.2.
 POOLING = {
     "token": dict(global_pool="token"),  # the class token after the last LayerNorm
     "norm_avg": dict(global_pool="avg", class_token=False, fc_norm=False),
@@ -74,12 +74,12 @@ def vit_conv_base(**kwargs):
 
 
 class VisionTransformer(TimmVisionTransformer):
-    """timm's ViT with MoCo v3's position embedding and initialization (Sec. 4.4, Appendix).
+    """timm's ViT with MoCo v3's position embedding and initialization (Sec. 5).
 
     x: [N, in_chans, H, W] → [N, num_classes], or the class token [N, embed_dim] if num_classes = 0.
     img_size, patch_size: an int or (height, width) in pixels; img_size is a multiple of patch_size.
     stop_grad_conv1: the patch projection stays at its random initialization, the paper's cure for
-        instability (Sec. 4.3).
+        instability (Sec. 4.2).
     conv_stem: four convolutions in place of the patch projection; patch_size is a power of 2.
     pos_embed: "sincos" (fixed), "learned" or "none"; pool: one of POOLING. Both for the study.
     kwargs: as for timm's class, for example in_chans, drop_path_rate, num_classes (default 1000).

@@ -26,7 +26,7 @@ class MoCo(nn.Module):
         recomputes their activations; heads and loss see the whole batch, so the gradient is the
         same with less memory. Needs a backbone without BatchNorm.
     compile: torch.compile the encoders.
-    head_bn, use_predictor: False for the study of what they are worth (Sec. 4.3).
+    head_bn, use_predictor: False for the study of what they are worth (Sec. 6.2).
 
     `base_encoder(x)` remains [N, d], the features for downstream use: the projector passes its
     input through when the backbone calls it. ValueError for a backbone that breaks the contract.
@@ -146,7 +146,7 @@ class Projector(nn.Sequential):
 
 
 def build_mlp(dims, bn=True, last_bn=None):
-    """Layers of a head: Linear without bias, BN and ReLU between, BN without affine last; Sec. 4.4.
+    """Layers of a head: Linear without bias, BN and ReLU between, BN without affine last; Sec. 5.
 
     dims: the input width, the hidden ones, the output width. last_bn None: as bn.
     """

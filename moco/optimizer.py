@@ -1,4 +1,4 @@
-"""LARS, AdamW, one optimizer step, and the schedules of learning rate and momentum (Sec. 4.1)."""
+"""LARS, AdamW, one optimizer step, and the schedules of learning rate and momentum (Sec. 5)."""
 
 import math
 
@@ -97,7 +97,7 @@ def scaled_lr(base_lr, batch_size):
 
 
 def warmup_cosine_lr(t, total, warmup, peak_lr):
-    """Linear warm-up from 0 to peak_lr over `warmup`, then half a cosine to 0 at `total`; Sec. 4.1.
+    """Linear warm-up from 0 to peak_lr over `warmup`, then half a cosine to 0 at `total`; Sec. 5.
 
     t, total, warmup: in one unit, for example epochs with fractions.
     """
@@ -109,5 +109,5 @@ def warmup_cosine_lr(t, total, warmup, peak_lr):
 
 
 def cosine_momentum(t, total, m0):
-    """m from m0 to 1 by half a cosine: 1 − (1−m0)·(1 + cos(πt/total))/2; Sec. 4.1."""
+    """m from m0 to 1 by half a cosine: 1 − (1−m0)·(1 + cos(πt/total))/2; Sec. 5."""
     return 1 - (1 - m0) * (1 + math.cos(math.pi * t / total)) / 2

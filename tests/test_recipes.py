@@ -101,7 +101,7 @@ def test_every_recipe_is_in_a_table_and_later_flags_win():
     create_backbone(args.arch, args.img_size, args.patch_size, args.stop_grad_conv1)
 
 
-# The paper's study (Sec. 4): what differs from the base of ViT-B, 300 epochs, batch 4096.
+# The paper's study (Sec. 4 and 6.2): what differs from the base of ViT-B, 300 epochs, batch 4096.
 LEARNED = dict(epochs=100, stop_grad_conv1=False)
 CONSTANT = dict(moco_m_cos=False)
 ABLATIONS = {
