@@ -98,10 +98,9 @@ class MetricLogger:
         plain = (bool, int, float, str)
         hparams = {k: v if isinstance(v, plain) else str(v) for k, v in vars(self.args).items()}
         self.writer.add_hparams(hparams, {}, run_name=".")
-        views = self.path.with_name("views.png")
-        if views.exists():
-            with Image.open(views) as image:
-                self.writer.add_image("views", np.array(image.convert("RGB")), dataformats="HWC")
+        # Without it, or where a full disk cut it short, the scalars are logged all the same.
+        with suppress(OSError), Image.open(self.path.with_name("views.png")) as image:
+            self.writer.add_image("views", np.array(image.convert("RGB")), dataformats="HWC")
 
     def close(self):
         for sink in (self.bar, self.writer, self.file):

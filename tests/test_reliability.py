@@ -100,13 +100,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal
 
 @pytest.mark.parametrize("signals", [SIGNALS[:2], pytest.param(SIGNALS * 2, marks=slow)], ids=len)
 def test_stopped_so_often_it_computes_no_step_twice(undisturbed, tmp_path, signals):
-    whole, _, training = undisturbed
+    whole, _, _ = undisturbed
     rng, done = np.random.default_rng(1), 0
     argv = (*LONG, "--resume", "auto", "--output-dir", tmp_path)
     for number in signals:
         child = Child(tmp_path, "main_moco.py", *argv)
         wait_for_training(child)
-        time.sleep(rng.uniform(0, training / 15))
+        wait_for_step(done + 3, tmp_path, child)  # a line of the log is written every 3 steps
+        time.sleep(rng.uniform(0, 0.05))
         os.kill(child.pid, number)
         assert child.wait() == 75, child.said()
         said = child.said()
