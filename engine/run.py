@@ -402,8 +402,6 @@ def claim_folder(folder):
 
 def _lock(folder):
     path = folder / LOCK
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output-dir {folder} is a file, not a folder")
     try:
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
