@@ -9,6 +9,7 @@ Two nodes, the same line on both (HOST is the first of them):
         main_moco.py @recipes/vit_base_300.txt /data/imagenet
 """
 
+import argparse
 import math
 
 import torch
@@ -46,7 +47,9 @@ def parse_args(argv=None):
     add("--moco-dim", type=cli.width, default=256, help="width of queries and keys")
     add("--moco-mlp-dim", type=cli.width, default=4096, help="hidden width of the heads")
     add("--moco-m", type=cli.fraction, default=0.99, help="momentum of the momentum encoder")
-    add("--moco-m-cos", action="store_true", help="raise the momentum to 1 by half a cosine")
+    switch = argparse.BooleanOptionalAction
+    cosine = "raise the momentum to 1 by half a cosine"
+    add("--moco-m-cos", action=switch, default=False, help=cosine)
     add("--moco-t", type=cli.positive_float, default=1.0, help="temperature")
     poses, pools = ("sincos", "learned", "none"), tuple(POOLING)
     add("--pos-embed", choices=poses, default="sincos", help="position embedding of a ViT")
@@ -54,7 +57,8 @@ def parse_args(argv=None):
     add("--pool", choices=pools, default="token", help=pool)
     add("--no-head-bn", action="store_true", help="heads without BatchNorm")
     add("--no-predictor", action="store_true", help="no predictor after the projector")
-    add("--stop-grad-conv1", action="store_true", help="keep a ViT's patch projection random")
+    fixed = "keep a ViT's patch projection random"
+    add("--stop-grad-conv1", action=switch, default=False, help=fixed)
     add("--crop-min", type=cli.fraction, default=0.08, help="smallest crop, fraction of the area")
     count = cli.non_negative_int
     chunk = "views that pass the backbone at a time: less memory, the same gradient"

@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def save(args, device, **results):
         **results,
     }
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    text = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text)  # on one line
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(text)

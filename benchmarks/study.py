@@ -1,0 +1,229 @@
+"""A study: pre-training under every combination of settings and seeds, kNN and a linear probe.
+
+    python benchmarks/study.py patch_projection       # benchmarks/studies/patch_projection.txt
+    python benchmarks/study.py my_study.txt --seeds 0 --jobs 1
+    python benchmarks/study.py components --draw      # only the picture, from the JSON
+
+A study file has blocks of lines with a blank line between. The first block is flags of
+main_moco.py for all runs. Each other block is a list of settings, `name: flags`. The grid is the
+product of these blocks and the seeds. Runs that are finished are kept; others continue.
+
+Writes benchmarks/results/study_NAME.json and docs/study_NAME.png.
+"""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import report
+import torch
+
+from engine import checkpoint as checkpoints
+from engine.log import read_log
+
+ROOT = Path(__file__).parents[1]
+CURVES = ("knn", "grad_linf/first_max", "grad_linf/last_max")
+BREAKS = 1  # exit code of a run that diverged
+
+
+def read_study(path):
+    """→ flags of all runs, blocks of settings [{name: flags}]."""
+    text = re.sub(r"^#.*\n", "", Path(path).read_text(), flags=re.MULTILINE)
+    common, *blocks = re.split(r"\n\s*\n", text.strip())
+    settings = [dict(map(parse_setting, block.splitlines())) for block in blocks]
+    return shlex.split(common), settings
+
+
+def parse_setting(line):
+    name, colon, flags = line.partition(":")
+    if not colon:
+        raise SystemExit(f"not `name: flags`: {line}")
+    return name.strip(), shlex.split(flags)
+
+
+def run(names, flags, seed, folder, threads, probe):
+    """One pre-training and its probe → what is reported of it; kept in the folder's run.json."""
+    kept = folder / "run.json"
+    result = dict(setting=names, seed=seed, flags=shlex.join(flags))
+    if kept.exists():
+        before = json.loads(kept.read_text())
+        if before["flags"] != result["flags"]:
+            raise SystemExit(f"{folder} has a run with other flags, {before['flags']}: delete it")
+        return before
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    common = ["--seed", seed, "--resume", "auto", "--workers", "1"]
+    exit_code = script("main_moco.py", threads, *flags, *common, "--output-dir", folder)
+    result |= dict(seconds=round(time.perf_counter() - start), broke=exit_code == BREAKS)
+
+    lines = read_log(folder / "log.jsonl")
+    curves = {name: [(x["epoch"], x[name]) for x in lines if name in x] for name in CURVES}
+    result |= dict(knn=curves["knn"][-1][1], best_knn=max(value for _, value in curves["knn"]))
+    if (folder / "checkpoint.pth").exists():
+        spikes = checkpoints.load(folder / "checkpoint.pth")["spikes"]
+        result |= dict(spikes=spikes["counts"], lags=spikes["lags"], dips=spikes["num_dips"])
+    if probe and not result["broke"]:
+        out = ["--pretrained", folder / "checkpoint.pth", "--output-dir", folder / "probe"]
+        script(
+            "main_lincls.py", threads, *shlex.split(probe), *out, "--seed", seed, "--resume", "auto"
+        )
+        last = read_log(folder / "probe" / "log.jsonl")[-1]
+        result["probe"] = max(value for name, value in last.items() if name.startswith("acc1"))
+    result["curves"] = {name: rounded(points) for name, points in curves.items()}
+    kept.write_text(json.dumps(result))
+    return result
+
+
+def script(name, threads, *args):
+    """Runs one of the scripts → its exit code; what it printed is in an error."""
+    command = [sys.executable, str(ROOT / name), *map(str, args)]
+    env = os.environ | dict(OMP_NUM_THREADS=str(threads))
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    diverged = done.returncode == BREAKS and "last good checkpoint" in done.stderr
+    if done.returncode and not diverged:
+        raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
+    return done.returncode
+
+
+def rounded(points):
+    """[(epoch, value)] → (epochs, values) in 4 digits, so that the JSON stays small."""
+    return [[float(f"{number:.4g}") for number in column] for column in zip(*points)]
+
+
+def summarize(runs):
+    """→ {setting: {"knn": [mean, lowest, highest], "probe": the same, …}} over the seeds."""
+    summary = {}
+    for setting, group in grouped(runs).items():
+        values = {"broke": sum(r["broke"] for r in group)}
+        for key in ("knn", "probe", "seconds"):
+            numbers = [r[key] for r in group if key in r and not r["broke"]]
+            if numbers:
+                mean = statistics.mean(numbers)
+                values[key] = [round(x, 2) for x in (mean, min(numbers), max(numbers))]
+        spikes = [r["spikes"] for r in group if "spikes" in r]
+        for place in ("first", "last"):
+            values[f"spikes_{place}"] = sum(counts[place] for counts in spikes)
+        lags = [lag for r in group for lag in r.get("lags", [])]
+        if lags:
+            values["median_lag"] = statistics.median(lags)
+        summary[", ".join(setting)] = values
+    return summary
+
+
+def grouped(runs):
+    """→ {setting: its runs}."""
+    groups = {}
+    for result in runs:
+        groups.setdefault(tuple(result["setting"]), []).append(result)
+    return groups
+
+
+# Pictures
+
+
+def draw(path, study):
+    """Two blocks: the curves, a column for each setting of the second. One block: the accuracies."""
+    from matplotlib.figure import Figure
+
+    is_grid = len(study["blocks"]) > 1
+    (plot_curves if is_grid else plot_accuracies)(figure := Figure(layout="constrained"), study)
+    figure.savefig(path, dpi=100)
+
+
+def plot_curves(figure, study):
+    first, second = study["blocks"][:2]
+    figure.set_size_inches(3.2 * len(second) + 0.6, 7.2)
+    axes = figure.subplots(len(CURVES), len(second), sharex=True, sharey="row", squeeze=False)
+    titles = ("kNN, %", "gradient of the first layer, ℓ∞", "gradient of the last block, ℓ∞")
+    for result in study["runs"]:
+        row = first.index(result["setting"][0])
+        column = axes[:, second.index(result["setting"][1])]
+        for ax, points in zip(column, result["curves"].values()):
+            if points:
+                ax.plot(*points, color=f"C{row}", lw=0.9, alpha=0.8)
+    for column, name in enumerate(second):
+        axes[0, column].set_title(name, fontsize=10)
+        axes[-1, column].set_xlabel("epoch", fontsize=9)
+    for row, title in enumerate(titles):
+        axes[row, 0].set_ylabel(title, fontsize=9)
+        for ax in axes[row]:
+            ax.grid(alpha=0.3)
+            ax.set_yscale("log" if row else "linear")
+    handles = [
+        axes[0, 0].plot([], [], color=f"C{i}", label=name)[0] for i, name in enumerate(first)
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(first), fontsize=10)
+
+
+def plot_accuracies(figure, study):
+    names = study["blocks"][0]
+    figure.set_size_inches(8, 0.32 * len(names) + 1)
+    panels = figure.subplots(1, 2, sharey=True)
+    for ax, key, title in zip(panels, ("knn", "probe"), ("kNN, %", "linear probe, %")):
+        for y, name in enumerate(names):
+            values = [r[key] for r in study["runs"] if r["setting"] == [name] and key in r]
+            ax.plot(values, [y] * len(values), "o", color="C0", ms=4, alpha=0.6)
+            if values:
+                ax.plot(statistics.mean(values), y, "|", color="black", ms=14)
+                if y == 0:
+                    ax.axvline(statistics.mean(values), color="gray", ls="--", lw=0.8)
+        ax.set_title(title, fontsize=10)
+        ax.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(names)), names, fontsize=9)
+    panels[0].invert_yaxis()
+
+
+def main():
+    parser = report.parser(__doc__)
+    add = parser.add_argument
+    add("study", help="a name in benchmarks/studies, or the path of a study file")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    add("--probe", default="@recipes/lincls_digits.txt", help="flags of the probe; '' for none")
+    add("--runs", default="runs/studies", metavar="DIR", help="folder of the runs")
+    add("--draw", action="store_true", help="only the picture, from the JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(max(1, os.cpu_count() // args.jobs))
+
+    path = Path(args.study)
+    path = path if path.is_file() else ROOT / "benchmarks" / "studies" / f"{args.study}.txt"
+    out = Path(args.out or ROOT / "benchmarks" / "results" / f"study_{path.stem}.json")
+    if not args.draw:
+        common, blocks = read_study(path)
+        if args.quick:
+            common += ["--epochs", "1", "--warmup-epochs", "0"]
+            args.seeds, blocks = args.seeds[:1], [dict(list(block.items())[:2]) for block in blocks]
+
+        def job(settings, seed):
+            names, flags = [name for name, _ in settings], [f for _, fs in settings for f in fs]
+            folder = "_".join(re.sub(r"[^\w.-]+", "-", name) for name in names)
+            folder = Path(args.runs, path.stem, folder, f"seed{seed}").resolve()
+            result = run(names, common + flags, seed, folder, torch.get_num_threads(), args.probe)
+            outcome = "broke" if result["broke"] else f"kNN {result['knn']:.1f} %"
+            print(f"{', '.join(names)}, seed {seed}: {outcome}", file=sys.stderr)
+            return result
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            grid = itertools.product(args.seeds, *(block.items() for block in blocks))
+            futures = [pool.submit(job, settings, seed) for seed, *settings in grid]
+            try:
+                runs = [future.result() for future in futures]
+            finally:
+                pool.shutdown(cancel_futures=True)
+        runs.sort(key=lambda r: [list(b).index(n) for b, n in zip(blocks, r["setting"])])
+        study = dict(common=shlex.join(common), blocks=[list(block) for block in blocks])
+        args.out = str(out)
+        report.save(args, torch.device("cpu"), **study, summary=summarize(runs), runs=runs)
+    draw(ROOT / "docs" / f"study_{path.stem}.png", json.loads(out.read_text()))
+
+
+if __name__ == "__main__":
+    main()
