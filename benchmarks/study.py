@@ -130,7 +130,7 @@ def grouped(runs):
 
 
 def draw(path, study):
-    """Two blocks: the curves, a column for each setting of the second. One block: the accuracies."""
+    """Two blocks of settings: curves, a column for each of the second. One: accuracies."""
     from matplotlib.figure import Figure
 
     is_grid = len(study["blocks"]) > 1
@@ -139,6 +139,8 @@ def draw(path, study):
 
 
 def plot_curves(figure, study):
+    from matplotlib.lines import Line2D
+
     first, second = study["blocks"][:2]
     figure.set_size_inches(3.2 * len(second) + 0.6, 7.2)
     axes = figure.subplots(len(CURVES), len(second), sharex=True, sharey="row", squeeze=False)
@@ -187,11 +189,12 @@ def main():
     add("study", help="a name in benchmarks/studies, or the path of a study file")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    add("--threads", type=int, help="of each run (default: the cores, shared out)")
     add("--probe", default="@recipes/lincls_digits.txt", help="flags of the probe; '' for none")
     add("--runs", default="runs/studies", metavar="DIR", help="folder of the runs")
     add("--draw", action="store_true", help="only the picture, from the JSON")
     args = parser.parse_args()
-    torch.set_num_threads(max(1, os.cpu_count() // args.jobs))
+    args.threads = args.threads or max(1, os.cpu_count() // args.jobs)
 
     path = Path(args.study)
     path = path if path.is_file() else ROOT / "benchmarks" / "studies" / f"{args.study}.txt"
@@ -206,7 +209,7 @@ def main():
             names, flags = [name for name, _ in settings], [f for _, fs in settings for f in fs]
             folder = "_".join(re.sub(r"[^\w.-]+", "-", name) for name in names)
             folder = Path(args.runs, path.stem, folder, f"seed{seed}").resolve()
-            result = run(names, common + flags, seed, folder, torch.get_num_threads(), args.probe)
+            result = run(names, common + flags, seed, folder, args.threads, args.probe)
             outcome = "broke" if result["broke"] else f"kNN {result['knn']:.1f} %"
             print(f"{', '.join(names)}, seed {seed}: {outcome}", file=sys.stderr)
             return result
