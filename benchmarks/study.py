@@ -159,9 +159,7 @@ def plot_curves(figure, study):
         for ax in axes[row]:
             ax.grid(alpha=0.3)
             ax.set_yscale("log" if row else "linear")
-    handles = [
-        axes[0, 0].plot([], [], color=f"C{i}", label=name)[0] for i, name in enumerate(first)
-    ]
+    handles = [Line2D([], [], color=f"C{i}", label=name) for i, name in enumerate(first)]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(first), fontsize=10)
 
 

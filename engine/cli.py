@@ -31,7 +31,10 @@ class Args(argparse.Namespace):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with `@recipes/NAME.txt`: flags as on the command line, # comments; later wins."""
+    """argparse with `@recipes/NAME.txt`: flags as on the command line, # comments; later wins.
+
+    DIR, too: one on the command line replaces a recipe's.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(
@@ -47,15 +50,20 @@ class Parser(argparse.ArgumentParser):
         return shlex.split(re.sub(r"(^|\s)#.*", "", line))
 
     def parse_args(self, argv=None, namespace=None):
+        argv = sys.argv[1:] if argv is None else argv
         args = Args() if namespace is None else namespace
         try:
-            args = super().parse_args(argv, args)
+            args, extra = self.parse_known_args(argv, args)
         except ValueError as error:  # from a recipe: not a text, or a quotation without its end
             if isinstance(error, UserError):
                 raise
             self.error(f"can't read the recipe: {error}")
         except RecursionError:
             self.error("can't read the recipe: it names itself")
+        if len(extra) == 1 and not extra[0].startswith("-") and args.data not in argv:
+            args.data, extra = extra[0], []
+        if extra:
+            self.error(f"unrecognized arguments: {' '.join(extra)}")
         for name, value in vars(args).items():
             if value == "":  # an unset variable of the shell; it would pass for a missing flag
                 flag = "DIR" if name == "data" else f"--{name.replace('_', '-')}"

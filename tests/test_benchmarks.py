@@ -14,7 +14,7 @@ from engine.launch import Env
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import digits
+import accuracy
 import memory
 import step
 
@@ -165,4 +165,4 @@ def test_the_largest_batch_is_one_that_was_measured(monkeypatch, capsys, tmp_pat
 def test_the_last_value_of_a_sweep_is_the_best_rates(tmp_path):
     lines = [{"acc1/lr0.1": 90, "acc1/lr1": 91}, {"acc1/lr0.1": 80, "acc1/lr1": 70}, {"loss": 1}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert digits.last_value(tmp_path, "acc1") == 80
+    assert accuracy.last_value(tmp_path, "acc1") == 80
