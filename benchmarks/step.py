@@ -32,6 +32,7 @@ from engine.backbones import BackboneConfig
 from engine.decode import RGB
 from engine.launch import Env, init_distributed
 from moco import create_optimizer, sample_params
+from moco.gradients import GradientMonitor
 
 LEVERS = (
     "concat_views",  # both views in one batch, if there is no BatchNorm; off: one after the other
@@ -39,6 +40,7 @@ LEVERS = (
     "channels_last",  # a ResNet's memory format
     "foreach_momentum",  # the momentum update in one call; off: parameter by parameter
     "fused_optimizer",  # off: parameter by parameter
+    "grad_monitor",  # the norms of the gradients; off: without them
     "no_wait",  # for the loss of each step; on a CPU nothing changes, its ratio is the noise
     "compile",  # with --compile
     "encode_chunk",  # with --encode-chunk, which saves memory
@@ -121,6 +123,7 @@ class Side:
             argv += " --moco-mlp-dim 64"
         self.args = main_moco.parse_args(argv.split() + (["--compile"] if args.compile else []))
         self.env, self.waits = env, levers.get("no_wait") is False
+        self.monitors = levers.get("grad_monitor", True)
         config = BackboneConfig.from_args(self.args)
         self.model = model = main_moco.create_model(self.args, config, env)
         self.optimizer = create_optimizer(args.optimizer, self.model, 0, 0.1)
@@ -156,7 +159,8 @@ class Side:
         if hasattr(model.base_encoder, "layer1"):
             weight = model.base_encoder.layer1[0].conv2.weight
             levers["channels_last"] = weight.is_contiguous(memory_format=torch.channels_last)
-        levers |= dict.fromkeys(("foreach_momentum", "fused_optimizer", "no_wait"), True)
+        always = ("foreach_momentum", "fused_optimizer", "grad_monitor", "no_wait")
+        levers |= dict.fromkeys(always, True)
         asked = {name: getattr(self.args, name) for name in ("compile", "encode_chunk")}
         return levers | {name: value for name, value in asked.items() if value}
 
@@ -164,7 +168,12 @@ class Side:
         """So many steps → the last one's loss."""
         run = RunInMemory(self.args, self.env, self.waits)
         loader = RepeatedBatch(self.batch, steps)
-        main_moco.train_one_epoch(self.model, self.model, loader, self.optimizer, self.scaler, run)
+        state = self.model, self.model, loader, self.optimizer, self.scaler, run
+        if self.monitors:
+            main_moco.train_one_epoch(*state)
+        else:
+            with patch.object(main_moco, "GradientMonitor", lambda encoder: dict):
+                main_moco.train_one_epoch(*state)
         return float(run.loss)
 
     def parts(self, steps):
@@ -179,6 +188,7 @@ class Side:
                 clock.around(moco.builder, "all_gather"),
                 clock.around(self.model, "forward", "heads and loss"),
                 clock.around(torch.Tensor, "backward"),
+                clock.around(GradientMonitor, "__call__", "grad_monitor"),
                 clock.around(self.optimizer, "step", "optimizer"),
                 clock.around(self.model, "update_momentum_encoder", "momentum update"),
             ):

@@ -294,10 +294,12 @@ def run_script(main, parse_args):
     script = os.path.basename(sys.argv[0])
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names have any encoding
     exit_code, message, rank_local = 0, None, True
+    ended_together = False  # whether all processes come here
     try:
         main(parse_args())
+        ended_together = True
     except Interrupted as interrupted:
-        exit_code = interrupted.exit_code
+        exit_code, ended_together = interrupted.exit_code, True
     except KeyboardInterrupt:
         exit_code = 130
         if os.environ.get("RANK", "0") == "0":
@@ -316,7 +318,7 @@ def run_script(main, parse_args):
     # Out of the handlers, which would keep the traceback, and with it DataLoader's workers, alive.
     if message and (rank_local or os.environ.get("LOCAL_RANK", "0") == "0"):
         print(f"{script}: error: {printable(message)}", file=sys.stderr, flush=True)
-    if exit_code == 0:
+    if ended_together:
         destroy_process_group()
     sys.exit(exit_code)
 
@@ -329,14 +331,15 @@ def _raised_by_library(error):
     return trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in ("moco", "vits")
 
 
-# Words in a RuntimeError of a collective whose other end is gone; gloo and NCCL, torch 2.6 to 2.15.
+# Words in a RuntimeError of a collective whose other end is gone; gloo's, torch 2.6 to 2.15.
 LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Timed out waiting",
     "gloo",
-    "NCCL",
 )
+PEERS_GONE = "another process has ended, or the network between them"
+CONTINUE = "--resume auto continues, and torchrun's --max-restarts does so by itself"
 
 
 def explain(error):
@@ -351,14 +354,36 @@ def explain(error):
             "a worker was killed, for want of memory perhaps, or of /dev/shm: fewer --workers; "
             "--resume auto continues"
         )
+    if "nccl" in text.lower():
+        return _explain_nccl(text)
     lost = any(words in text for words in LOST_CONNECTION)
     if isinstance(error, torch.distributed.DistError) or lost:
         # Without the source file and line, which stand in brackets.
         reason = re.sub(r"^\[.*?\] ", "", first_line(error)).split(". ")[0]
-        return (
-            f"another process has ended, or the network between them: {reason}; --resume auto "
-            "continues, and torchrun's --max-restarts does so by itself"
-        )
+        if "connectFullMesh" in text:
+            return (
+                f"the hosts don't reach each other through gloo: {reason}; GLOO_SOCKET_IFNAME "
+                "names the network interface to use, and NCCL_SOCKET_IFNAME that of NCCL"
+            )
+        return f"{PEERS_GONE}: {reason}; {CONTINUE}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return None
+
+
+def _explain_nccl(text):
+    """The cause stands below "Last error:". Only some errors mean that another process is gone."""
+    found = re.search(r"Last error:\s*(\S.*)", text)
+    cause = found[1].strip() if found else None
+    if "ncclRemoteError" in text or "timeout" in text.lower():
+        return f"{PEERS_GONE}: {cause or text.strip().splitlines()[0]}; {CONTINUE}"
+    if cause is None:
+        return None
+    hint = "NCCL_DEBUG=INFO prints more"
+    if "out of memory" in cause:
+        hint = "a smaller --batch-size, or for ViTs --encode-chunk"
+    elif "Duplicate GPU" in cause:
+        hint = "start one process for each GPU, with --nproc_per_node"
+    elif "shm" in cause:
+        hint = "give the container more shared memory (docker run --ipc=host)"
+    return f"NCCL failed: {cause}; {hint}"

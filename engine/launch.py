@@ -135,6 +135,7 @@ def choose_device(device):
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > num_gpus:
         raise UserError(f"more processes than GPUs on this host: use --nproc_per_node={num_gpus}")
     torch.cuda.set_device(local_rank())
+    torch.backends.cudnn.benchmark = True  # the shapes of training don't change
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -150,6 +151,9 @@ def init_process_group(device, timeout):
         world_size=world_size,
         device_id=device if on_gpu else None,
     )
+    if on_gpu:
+        # NCCL's watchdog aborts the process. gloo's error, which is readable, shall come first.
+        dist.group.WORLD._get_backend(device)._set_default_timeout(2 * limit)
 
 
 def _store_of_this_restart(store, rank, world_size, timeout):
@@ -167,6 +171,8 @@ def _store_of_this_restart(store, rank, world_size, timeout):
         for other in range(1, world_size):
             other_id = store.get(f"{own_id}/{other}").decode()
             store.set(f"{own_id}/{other_id}/admitted", "")
+        # All old processes are gone. NCCL's watchdogs leave a key that would end the new ones, too.
+        _innermost(store).delete_key("exception_dump")
         return dist.PrefixStore(own_id, store)
     start = time.monotonic()
     while time.monotonic() - start < timeout:
@@ -176,6 +182,13 @@ def _store_of_this_restart(store, rank, world_size, timeout):
             return dist.PrefixStore(generation, store)
         time.sleep(0.01)
     raise dist.DistStoreError(f"rank 0 did not come within {timeout:g} seconds")
+
+
+def _innermost(store):
+    """The store inside torchrun's prefixes."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def choose_amp_dtype(amp, device):
@@ -223,7 +236,7 @@ def barrier():
 
 
 def all_reduce_max(*numbers):
-    """The largest of the ranks' whole numbers, for each; one number in, one number out."""
+    """The largest of the ranks' numbers, for each; one number in, one number out."""
     if world_size() > 1:
         numbers = torch.tensor(numbers)  # through gloo: nothing waits for a GPU
         dist.all_reduce(numbers, dist.ReduceOp.MAX)

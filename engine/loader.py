@@ -24,7 +24,8 @@ from engine.launch import all_gather_object
 from moco.augmentation import NUM_PARAMS, sample_params
 from moco.distributed import is_main, rank, world_size
 
-PREFETCH_FACTOR = 2  # batches that each worker prepares ahead
+PREFETCH_FACTOR = 2  # batches that each worker prepares ahead, if they take less than
+PREFETCH_BYTES = 2**30  # in all workers of a process; else each prepares one
 MAX_ATTEMPTS = 32  # to find an image that can be read, before the run gives up
 MAX_WARNED = 10_000  # images that decode with warnings; of more, the names are not kept
 MAX_ASPECT = 16  # what is more elongated is cut before it is resized
@@ -56,6 +57,7 @@ class EpochBatchSampler(Sampler):
                 f"{num_images} images don't fill one --batch-size {batch_size}: lower it"
             )
         self.num_images, self.batch_size = num_images, batch_size
+        self.rank_batch_size = batch_size // world_size()
         self.seed, self.repeats = seed, repeats
         self.epoch = self.first_batch = 0
         num_shown = math.ceil(len(self) * batch_size / repeats)
@@ -119,6 +121,9 @@ class BatchDataset:
     dataset: images to read. unpack_batches unpacks the Batch that each call returns.
     """
 
+    bytes_per_image = 0  # of a batch, where it is large
+    prefetch_factor = PREFETCH_FACTOR  # create_loader lowers it for batches that are large
+
     def __init__(self, dataset, seed=0):
         self.dataset, self.seed = dataset, seed
 
@@ -175,6 +180,7 @@ class TwoCrops(BatchDataset):
     def __init__(self, dataset, size, crop_min, seed):
         super().__init__(dataset, seed)
         self.size, self.crop_min = size, crop_min
+        self.bytes_per_image = 2 * dataset.pixel_format.in_chans * math.prod(size)
         self._buffers = []
 
     def make_batch(self, keys, unreadable):
@@ -195,9 +201,9 @@ class TwoCrops(BatchDataset):
         batch, and a copy into them, would cost time."""
         if get_worker_info() is None:
             return torch.empty(shape, dtype=torch.uint8)
-        # PREFETCH_FACTOR batches wait for the main process, which holds one and may be handed the
+        # prefetch_factor batches wait for the main process, which holds one and may be handed the
         # next.
-        if len(self._buffers) < PREFETCH_FACTOR + 2:
+        if len(self._buffers) < self.prefetch_factor + 2:
             buffer = torch.empty(shape, dtype=torch.uint8).share_memory_()
         else:
             buffer = self._buffers.pop(0)
@@ -292,6 +298,9 @@ class CenterCrops(BatchDataset):
 
 def create_loader(dataset, batch_sampler, workers, device, persistent=False):
     """A DataLoader over a BatchDataset, which makes the batches itself."""
+    batch_bytes = dataset.bytes_per_image * getattr(batch_sampler, "rank_batch_size", 0)
+    if workers * PREFETCH_FACTOR * batch_bytes > PREFETCH_BYTES:
+        dataset.prefetch_factor = 1
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -299,7 +308,7 @@ def create_loader(dataset, batch_sampler, workers, device, persistent=False):
         collate_fn=_identity,
         pin_memory=device.type == "cuda",
         persistent_workers=persistent and workers > 0,
-        prefetch_factor=PREFETCH_FACTOR if workers else None,
+        prefetch_factor=dataset.prefetch_factor if workers else None,
         worker_init_fn=_outlive_signals,
         # Its own: the workers' seed would be drawn from the generator that drop path uses.
         generator=torch.Generator(),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from engine.checkpoint import atomic_write
-from engine.launch import all_reduce_mean
+from engine.launch import all_reduce_max, all_reduce_mean
 from moco.distributed import is_main
 
 RENAMED_METRICS = {"spread": "feature_std"}  # in runs that were written before
@@ -148,7 +148,7 @@ class MetricLogger:
                 self.latest[f"{name}_max"] = value
         self.latest |= numbers | dict(
             images_per_s=self.timed_steps * self.batch_size / seconds,
-            data_wait=self.waited / seconds,
+            data_wait=all_reduce_max(self.waited) / seconds,  # of the slowest rank
         )
         values = dict(zip(self.names, values.unbind(1)))
         if values["loss"].isfinite().all():

@@ -19,6 +19,11 @@ if (($# == 0)); then
     exit 2
 fi
 
+# Saving takes longer than the 30 seconds that torchrun gives.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
+# Where hosts don't find each other: the interface of the fast network, for NCCL and for gloo.
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
 # srun doesn't take the cores over from sbatch (Slurm 22.05).
 # torchrun, once on each node, starts a process for each GPU; the first node is where they meet.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

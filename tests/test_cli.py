@@ -113,3 +113,57 @@ def test_a_value_error_of_the_library_is_one_line_and_any_other_a_bug(capsys):
 def test_defaults_are_beside_the_flags():
     args = parser().parse_args(["DIR", "--epochs", "5"])
     assert args.defaults["epochs"] == 100 and "defaults" not in vars(args)
+
+
+def test_dir_on_the_command_line_replaces_a_recipes(tmp_path):
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text("digits --img-size 16 16\n--seed 1")
+    args = parser().parse_args([f"@{recipe}", "--seed", "2", "/my/images"])
+    assert (args.data, args.seed) == ("/my/images", 2)
+    for argv in (["digits", "/my/images"], [f"@{recipe}", "a", "b"], [f"@{recipe}", "--what", "a"]):
+        with pytest.raises(UserError, match="unrecognized arguments"):
+            parser().parse_args(argv)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (
+            "NCCL error in: /p/ProcessGroupNCCL.cpp:3356, unhandled cuda error, NCCL version 2.27\n"
+            "ncclUnhandledCudaError: Call to CUDA function failed.\n"
+            "Last error:\nCuda failure 2 'out of memory'",
+            ["NCCL failed: Cuda failure 2 'out of memory'", "--batch-size"],
+        ),
+        (
+            "NCCL error in: /p/NCCLUtils.cpp:94, invalid usage\nncclInvalidUsage: \nLast error:\n"
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 50",
+            ["Duplicate GPU detected", "--nproc_per_node"],
+        ),
+        (
+            "NCCL error in: /p/x.cpp:1, unhandled system error\nncclSystemError: System call\n"
+            "Last error:\nError while creating shared memory segment /dev/shm/nccl-x (size 9)",
+            ["/dev/shm/nccl-x", "--ipc=host"],
+        ),
+        (
+            "NCCL error in: /p/x.cpp:1, remote process exited or there was a network error\n"
+            "ncclRemoteError: A call failed\nLast error:\nsocketProgress: Connection closed by "
+            "remote peer host<1>",
+            ["another process has ended", "Connection closed by remote peer"],
+        ),
+        (
+            "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1) ran",
+            ["another process has ended", "Watchdog caught"],
+        ),
+        (
+            "[../third_party/gloo/gloo/transport/tcp/pair.cc:144] Gloo connectFullMesh failed",
+            ["GLOO_SOCKET_IFNAME"],
+        ),
+    ],
+)
+def test_errors_of_the_network_name_their_cause(text, words):
+    for error in (RuntimeError(text), torch.distributed.DistBackendError(text)):
+        assert all(word in cli.explain(error) for word in words)
+
+
+def test_an_nccl_error_without_a_cause_keeps_its_traceback():
+    assert cli.explain(RuntimeError("ncclInternalError: a check failed")) is None

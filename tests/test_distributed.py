@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import on_two_ranks
 from torch import nn
 
@@ -100,3 +101,11 @@ def test_one_process_needs_no_group():
     assert all_reduce_max(4) == 4 and all_reduce_max(4, 5) == [4, 5]
     assert launch.all_gather_object("x") == ["x"]
     check_same_on_all_ranks(ENV, images=5)
+
+
+def test_a_restart_forgets_that_nccl_failed():
+    """NCCL's watchdog tells all processes to end by a key, which torchrun's store keeps."""
+    store = dist.HashStore()
+    store.set("exception_dump", "1")
+    launch._store_of_this_restart(dist.PrefixStore("a", dist.PrefixStore("b", store)), 0, 1, 60)
+    assert not store.check(["exception_dump"])

@@ -239,3 +239,11 @@ def test_bicubic_and_bilinear_views_differ():
         for name in ("bilinear", "bicubic")
     ]
     assert views[0].shape == views[1].shape and not torch.equal(*views)
+
+
+def test_large_batches_are_not_prefetched_twice():
+    dataset = ArrayDataset(torch.zeros(8, 3, 4, 4, dtype=torch.uint8), None)
+    for size, expected in ((32, 2), (20_000, 1)):  # 5 GB a batch
+        crops = TwoCrops(dataset, (size, size), 0.2, 0)
+        loader = create_loader(crops, EpochBatchSampler(8, 2, 0), 2, CPU)
+        assert loader.prefetch_factor == crops.prefetch_factor == expected
