@@ -166,3 +166,13 @@ def test_the_last_value_of_a_sweep_is_the_best_rates(tmp_path):
     lines = [{"acc1/lr0.1": 90, "acc1/lr1": 91}, {"acc1/lr0.1": 80, "acc1/lr1": 70}, {"loss": 1}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert accuracy.last_value(tmp_path, "acc1") == 80
+
+
+@pytest.mark.slow
+def test_one_command_measures_a_gpu_and_keeps_what_it_has():
+    done = launch(1, "benchmarks/gpu.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    jobs = json.loads(done.stdout)["jobs"]
+    assert jobs["step_vit_base"]["report"]["fast"]["images_per_s"] > 0
+    assert jobs["fails"]["exit_code"] == 2 and "--no-such-flag" in jobs["fails"]["output"]
+    assert jobs["end_to_end"]["log"]["images_per_s"] > 0
