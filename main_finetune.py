@@ -12,6 +12,7 @@ Transfer; then the accuracy of what it left:
 """
 
 import random
+import re
 from contextlib import contextmanager
 from functools import partial
 
@@ -94,6 +95,10 @@ def check_args(parser, args):
         parser.error("--evaluate-ema needs --ema DECAY")
     if args.ema == 0:
         parser.error("--ema 0 would average nothing: drop it")
+    parts = args.aa.split("-")[1:]  # timm skips those that it doesn't know
+    unknown = [part for part in parts if not re.fullmatch(r"[a-z]+\d+(\.\d+)?", part)]
+    if unknown:
+        parser.error(f"--aa {args.aa}: {unknown[0]!r} is not a letter and a number, as in m9")
     if args.layer_decay == 0:
         parser.error("--layer-decay 0 would train the classifier alone: so does main_lincls.py")
     if args.repeated_aug > args.batch_size:

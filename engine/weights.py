@@ -332,6 +332,8 @@ def read_weights(path, num_heads=None, arch=None, weights_key=None):
 def _read_state_dict(path, weights_key=None):
     """A file, or a folder of timm's → what it states beside the weights, the weights by name."""
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
+    if file != Path(path) and Path(path, checkpoints.LAST).exists():
+        raise UserError(f"{path} is the folder of a run: name {Path(path, checkpoints.LAST)}")
     content = _read_timm(file) if file.suffix == ".safetensors" else checkpoints.read(file)
     content = content if isinstance(content, dict) else {}
     if weights_key is not None and weights_key not in content:

@@ -99,6 +99,8 @@ BAD = {
     ),
     "odd batch": ("{pre} -b 63", "need an even number of images"),
     "unknown policy": ("{pre} --aa best", "timm knows no augmentation policy"),
+    "part of a policy": ("{pre} --aa rand-mx-mstd0.5", "'mx' is not a letter and a number"),
+    "folder of a run": ("--pretrained {folder}", "is the folder of a run: name"),
     "average without memory": ("{pre} --ema 0", "would average nothing"),
     "nothing to do": ("{pre} --epochs 0 --warmup-epochs 0", "leaves nothing to do"),
     "average of nothing": ("{pre} --evaluate-ema", "needs --ema DECAY"),
@@ -119,7 +121,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_line(script, tmp_path, pretrained, case):
     line, words = BAD[case]
-    line = line.format(pre=f"--pretrained {pretrained}")
+    line = line.format(pre=f"--pretrained {pretrained}", folder=pretrained.parent)
     run = tmp_path / "run"
     argv = [
         "digits",

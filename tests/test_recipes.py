@@ -92,10 +92,31 @@ def test_fine_tuning_has_the_published_numbers(name):
     assert args.data == (name.split("_")[-1] if named else "DIR")
 
 
+# Recipes for small sets, which benchmarks/accuracy.py and benchmarks/study.py run.
+SMALL = dict(
+    digits=main_moco,
+    study_digits=main_moco,
+    lincls_digits=main_lincls,
+    finetune_digits=main_finetune,
+    fashion_mnist=main_moco,
+    lincls_fashion_mnist=main_lincls,
+    finetune_fashion_mnist=main_finetune,
+    finetune_fashion_mnist_1=main_finetune,
+    finetune_fashion_mnist_10=main_finetune,
+)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_recipes_of_small_sets_name_their_set_and_flags(name, monkeypatch):
+    monkeypatch.chdir(ROOT)  # some begin with another recipe
+    args = SMALL[name].parse_args([f"@recipes/{name}.txt"])
+    assert args.data in ("digits", "fashion_mnist") and args.data.split("_")[0] in name
+
+
 def test_every_recipe_is_in_a_table_and_later_flags_win():
     files = {path.stem for path in (ROOT / "recipes").glob("*.txt")}
     finetuned = {f"finetune_{name}" for name in FINETUNED}
-    assert files == {*ROWS, *PROBES, *finetuned, "digits", "lincls_digits", "finetune_digits"}
+    assert files == {*ROWS, *PROBES, *finetuned, *SMALL}
     args = main_moco.parse_args([f"@{ROOT}/recipes/digits.txt", "--epochs", "9"])
     assert args.data == "digits" and args.epochs == 9
     create_backbone(args.arch, args.img_size, args.patch_size, args.stop_grad_conv1)
