@@ -97,8 +97,8 @@ class EpochBatchSampler(Sampler):
         keys = np.stack([epochs, order], 1)
         # [steps, world_size, batch per rank, (epoch, index)]
         keys = keys.reshape(len(self), world_size(), -1, 2)
-        for batch in keys[self.first_batch :, rank()].tolist():
-            yield [tuple(key) for key in batch]
+        for batch in keys[self.first_batch :, rank()]:
+            yield [tuple(key) for key in batch.tolist()]
 
 
 class Batch(NamedTuple):
