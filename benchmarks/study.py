@@ -8,7 +8,7 @@ A study file has blocks of lines with a blank line between. The first block is f
 main_moco.py for all runs. Each other block is a list of settings, `name: flags`. The grid is the
 product of these blocks and the seeds. Runs that are finished are kept; others continue.
 
-Writes benchmarks/results/study_NAME.json and docs/study_NAME.png.
+Writes benchmarks/results/study_NAME.json and docs/study_NAME.png, or --out and a picture beside it.
 """
 
 import itertools
@@ -152,7 +152,9 @@ def plot_curves(figure, study):
             if points:
                 ax.plot(*points, color=f"C{row}", lw=0.9, alpha=0.8)
     for column, name in enumerate(second):
-        axes[0, column].set_title(name, fontsize=10)
+        broke = sum(r["broke"] for r in study["runs"] if r["setting"][1] == name)
+        title = f"{name} ({broke} diverged)" if broke else name
+        axes[0, column].set_title(title, fontsize=10)
         axes[-1, column].set_xlabel("epoch", fontsize=9)
     for row, title in enumerate(titles):
         axes[row, 0].set_ylabel(title, fontsize=9)
@@ -196,6 +198,7 @@ def main():
 
     path = Path(args.study)
     path = path if path.is_file() else ROOT / "benchmarks" / "studies" / f"{args.study}.txt"
+    own_out = args.out is not None
     out = Path(args.out or ROOT / "benchmarks" / "results" / f"study_{path.stem}.json")
     if not args.draw:
         common, blocks = read_study(path)
@@ -223,7 +226,8 @@ def main():
         study = dict(common=shlex.join(common), blocks=[list(block) for block in blocks])
         args.out = str(out)
         report.save(args, torch.device("cpu"), **study, summary=summarize(runs), runs=runs)
-    draw(ROOT / "docs" / f"study_{path.stem}.png", json.loads(out.read_text()))
+    picture = out.with_suffix(".png") if own_out else ROOT / "docs" / f"study_{path.stem}.png"
+    draw(picture, json.loads(out.read_text()))
 
 
 if __name__ == "__main__":

@@ -176,3 +176,27 @@ def test_one_command_measures_a_gpu_and_keeps_what_it_has():
     assert jobs["step_vit_base"]["report"]["fast"]["images_per_s"] > 0
     assert jobs["fails"]["exit_code"] == 2 and "--no-such-flag" in jobs["fails"]["output"]
     assert jobs["end_to_end"]["log"]["images_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_a_study_covers_its_grid_and_keeps_finished_runs(tmp_path):
+    study = tmp_path / "my_study.txt"
+    study.write_text(
+        "# two blocks\n@recipes/study_digits.txt --moco-mlp-dim 16\n\n"
+        "learned: --no-stop-grad-conv1\nfixed:\n\nlr 1e-3: --lr 1e-3\nlr 1e30: --lr 1e30\n"
+    )
+    argv = [study, "--quick", "--probe", "", "--runs", tmp_path, "--out", tmp_path / "x.json"]
+    reports = []
+    for _ in range(2):
+        done = launch(1, "benchmarks/study.py", *argv)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads((tmp_path / "x.json").read_text()))
+    assert reports[0]["runs"] == reports[1]["runs"]
+    settings = [(*run["setting"], run["broke"]) for run in reports[0]["runs"]]
+    assert settings == [
+        ("learned", "lr 1e-3", False),
+        ("learned", "lr 1e30", True),
+        ("fixed", "lr 1e-3", False),
+        ("fixed", "lr 1e30", True),
+    ]
+    assert (tmp_path / "x.png").exists()
