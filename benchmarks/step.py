@@ -166,6 +166,10 @@ class Side:
 
     def run(self, steps=1):
         """So many steps → the last one's loss."""
+        return float(self.train(steps))
+
+    def train(self, steps=1):
+        """The same without waiting for the loss, which stays on the device."""
         run = RunInMemory(self.args, self.env, self.waits)
         loader = RepeatedBatch(self.batch, steps)
         state = self.model, self.model, loader, self.optimizer, self.scaler, run
@@ -174,7 +178,7 @@ class Side:
         else:
             with patch.object(main_moco, "GradientMonitor", lambda encoder: dict):
                 main_moco.train_one_epoch(*state)
-        return float(run.loss)
+        return run.loss
 
     def parts(self, steps):
         """Median milliseconds of each part of a step."""

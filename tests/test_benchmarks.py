@@ -1,6 +1,7 @@
 """Each benchmark runs, and what it compares agrees."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, launch
+from timm.layers import set_fused_attn
 
 import main_moco
 from engine.launch import Env
@@ -160,6 +162,57 @@ def test_the_largest_batch_is_one_that_was_measured(monkeypatch, capsys, tmp_pat
     _, table = memory_table(monkeypatch, capsys, tmp_path / "m.json", answers, *flags)
     assert [line["largest_batch"] for line in table] == [None, 64, None]
     assert table[2]["this_gpu_gib"] == 79.2
+
+
+ESTIMATED = {
+    "vit_tiny": "-a vit_tiny --img-size 64 -b 96 --amp off",
+    "vit_small": "-a vit_small -b 4 --amp bf16",  # an explicit softmax, on a CPU
+    "resnet18": "-a resnet18 --img-size 64 -b 128 --amp off",
+    "chunks": "-a vit_tiny --img-size 64 -b 128 --amp off --encode-chunk 32",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_the_estimated_memory_is_what_a_cpu_takes(name):
+    """Tensors of 64 KiB and more are given back to the system as soon as they are freed."""
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    flags = [*"--device cpu --encode-chunk 0 --steps 1".split(), *ESTIMATED[name].split()]
+
+    def memory(flag):
+        command = [sys.executable, ROOT / "benchmarks/memory.py", flag, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    measured, [estimate] = memory("--one"), memory("--estimate")["rows"]
+    gib = measured["peak_gib"] - measured["of_python_and_torch"]
+    assert gib > 0.4
+    assert estimate["estimated_gib"] == pytest.approx(gib, rel=0.1)
+
+
+def estimate(chunk, batch_size, **flags):
+    args = dict(
+        arch="vit_nano", img_size=224, compile=False, quick=False, amp="auto", device="auto"
+    )
+    return memory.estimate(SimpleNamespace(**args | flags), batch_size, chunk)
+
+
+def test_a_gpu_keeps_no_matrix_of_attention(monkeypatch):
+    batch_size, heads, tokens, layers = 32, 4, 197, 4
+    fused = estimate(0, batch_size)
+    monkeypatch.setattr(memory, "set_fused_attn", lambda _: set_fused_attn(False))
+    scores = layers * 2 * 2 * batch_size * heads * tokens**2 / 2**30  # bf16, both views
+    assert estimate(0, batch_size) - fused > 0.9 * scores
+
+
+@pytest.mark.parametrize(
+    "peak", [lambda n: 2 + n / 20, lambda n: max(9, 2 + n / 20) + (n / 2e3) ** 2]
+)
+def test_the_largest_batch_is_the_largest_that_fits(peak):
+    for limit in (1, 3.7, 9.1, 24, 100, 1000):
+        fits = [n for n in range(32, memory.MAX_BATCH + 1, 32) if peak(n) <= limit]
+        assert memory.largest_estimated_batch(peak, limit) == max(fits, default=0)
 
 
 def test_the_last_value_of_a_sweep_is_the_best_rates(tmp_path):
