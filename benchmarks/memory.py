@@ -39,6 +39,7 @@ from timm.layers import set_fused_attn
 import main_moco
 import moco.builder
 from engine.backbones import RESNETS
+from engine.errors import UserError
 from engine.launch import Env, init_distributed
 
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")
@@ -109,18 +110,23 @@ def estimate_largest_batches(args):
         peak = cache(partial(estimate, args, chunk=chunk))
         for gib in args.gib:
             line = dict(gib=gib, encode_chunk=chunk, largest_batch=None)
-            batch_size = largest_estimated_batch(peak, USABLE * gib)
+            try:
+                batch_size = largest_estimated_batch(peak, USABLE * gib, chunk)
+            except UserError as error:  # BatchNorm and --encode-chunk
+                yield line | dict(refused=str(error))
+                continue
             if batch_size:
                 line |= dict(largest_batch=batch_size, estimated_gib=round(peak(batch_size), 2))
             yield line
 
 
-def largest_estimated_batch(peak, limit):
+def largest_estimated_batch(peak, limit, chunk=0):
     """The largest multiple of GRANULARITY up to MAX_BATCH with peak(batch_size) ≤ limit, in GiB.
 
-    0 if none. The peak is nearly a line over the batch size, so that the secant method converges.
+    0 if none. The peak is nearly a line over the batch size, so that the secant method converges;
+    from the chunk on it is another, flatter one.
     """
-    low, high = 128, 256
+    low, high = (chunk, 2 * chunk) if chunk and peak(chunk) <= limit else (128, 256)
     for _ in range(3):
         slope = (peak(high) - peak(low)) / (high - low)
         batch_size = int((high + (limit - peak(high)) / slope) // GRANULARITY) * GRANULARITY

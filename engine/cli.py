@@ -15,6 +15,7 @@ from engine.errors import UserError, first_line, printable
 from engine.folders import image_folders
 from engine.launch import destroy_process_group
 from engine.signals import Interrupted
+from moco.distributed import world_size
 
 # Flags that may differ when a run is resumed; any other one changes its mathematics.
 MAY_CHANGE = set(
@@ -293,10 +294,11 @@ def run_script(main, parse_args):
     """main(parse_args()); what goes wrong becomes one line on stderr and an exit code."""
     script = os.path.basename(sys.argv[0])
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names have any encoding
-    exit_code, message, rank_local = 0, None, True
+    exit_code, message, rank_local, args = 0, None, True, None
     ended_together = False  # whether all processes come here
     try:
-        main(parse_args())
+        args = parse_args()
+        main(args)
         ended_together = True
     except Interrupted as interrupted:
         exit_code, ended_together = interrupted.exit_code, True
@@ -312,7 +314,7 @@ def run_script(main, parse_args):
             raise
         exit_code, message, rank_local = 2, str(error), False
     except (MemoryError, OSError, RuntimeError) as error:
-        exit_code, message = 1, explain(error)
+        exit_code, message = 1, explain(error, args)
         if message is None:
             raise
     # Out of the handlers, which would keep the traceback, and with it DataLoader's workers, alive.
@@ -342,11 +344,15 @@ PEERS_GONE = "another process has ended, or the network between them"
 CONTINUE = "--resume auto continues, and torchrun's --max-restarts does so by itself"
 
 
-def explain(error):
+# Words in a RuntimeError of CUDA and its libraries, which is no torch.OutOfMemoryError.
+OUT_OF_GPU_MEMORY = ("CUDA error: out of memory", "ALLOC_FAILED")
+
+
+def explain(error, args=None):
     """What a failure of the machine, not of this code, means for the user; None for any other."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory: a smaller --batch-size, or for ViTs --encode-chunk"
+    if isinstance(error, torch.OutOfMemoryError) or any(w in text for w in OUT_OF_GPU_MEMORY):
+        return out_of_gpu_memory(args)
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return "out of memory: a smaller --batch-size, or fewer --workers"
     if "DataLoader worker" in text:
@@ -355,7 +361,7 @@ def explain(error):
             "--resume auto continues"
         )
     if "nccl" in text.lower():
-        return _explain_nccl(text)
+        return _explain_nccl(text, args)
     lost = any(words in text for words in LOST_CONNECTION)
     if isinstance(error, torch.distributed.DistError) or lost:
         # Without the source file and line, which stand in brackets.
@@ -371,7 +377,7 @@ def explain(error):
     return None
 
 
-def _explain_nccl(text):
+def _explain_nccl(text, args):
     """The cause stands below "Last error:". Only some errors mean that another process is gone."""
     found = re.search(r"Last error:\s*(\S.*)", text)
     cause = found[1].strip() if found else None
@@ -379,11 +385,25 @@ def _explain_nccl(text):
         return f"{PEERS_GONE}: {cause or text.strip().splitlines()[0]}; {CONTINUE}"
     if cause is None:
         return None
-    hint = "NCCL_DEBUG=INFO prints more"
     if "out of memory" in cause:
-        hint = "a smaller --batch-size, or for ViTs --encode-chunk"
-    elif "Duplicate GPU" in cause:
+        return f"NCCL: {out_of_gpu_memory(args)}"
+    hint = "NCCL_DEBUG=INFO prints more"
+    if "Duplicate GPU" in cause:
         hint = "start one process for each GPU, with --nproc_per_node"
     elif "shm" in cause:
         hint = "give the container more shared memory (docker run --ipc=host)"
     return f"NCCL failed: {cause}; {hint}"
+
+
+def out_of_gpu_memory(args):
+    """The line about it; args: the script's flags, None before they are known."""
+    if getattr(args, "batch_size", None) is None:
+        return "out of GPU memory"
+    num_images = args.batch_size // world_size()
+    line = f"out of GPU memory with {num_images} images in this process: a smaller --batch-size"
+    if not hasattr(args, "encode_chunk"):
+        return line
+    return (
+        f"{line}, or for ViTs --encode-chunk 256 or less; what fits: python benchmarks/memory.py "
+        f"--estimate -a {args.arch} -b {num_images} --encode-chunk 0 256 64"
+    )

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import TINY
 
 from engine import cli
 from engine.errors import UserError
@@ -110,6 +111,27 @@ def test_a_value_error_of_the_library_is_one_line_and_any_other_a_bug(capsys):
     assert issubclass(UserError, ValueError)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has …"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_out_of_gpu_memory_is_one_line_with_what_would_fit(script, monkeypatch, tmp_path, error):
+    def step(*_):
+        raise error
+
+    monkeypatch.setattr("moco.optimizer_step", step)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the rank that fails prints it
+    code, _, err = script("main_moco.py", *TINY, "--knn-every", 0, "--output-dir", tmp_path)
+    [line] = [line for line in err.splitlines() if "error" in line]
+    assert code == 1 and "Traceback" not in err
+    assert "out of GPU memory with 256 images in this process" in line
+    assert "smaller --batch-size" in line and "--encode-chunk" in line
+    assert "benchmarks/memory.py --estimate -a vit_nano -b 256 " in line
+
+
 def test_defaults_are_beside_the_flags():
     args = parser().parse_args(["DIR", "--epochs", "5"])
     assert args.defaults["epochs"] == 100 and "defaults" not in vars(args)
@@ -132,7 +154,7 @@ def test_dir_on_the_command_line_replaces_a_recipes(tmp_path):
             "NCCL error in: /p/ProcessGroupNCCL.cpp:3356, unhandled cuda error, NCCL version 2.27\n"
             "ncclUnhandledCudaError: Call to CUDA function failed.\n"
             "Last error:\nCuda failure 2 'out of memory'",
-            ["NCCL failed: Cuda failure 2 'out of memory'", "--batch-size"],
+            ["NCCL: out of GPU memory"],
         ),
         (
             "NCCL error in: /p/NCCLUtils.cpp:94, invalid usage\nncclInvalidUsage: \nLast error:\n"
