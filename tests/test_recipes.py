@@ -1,5 +1,8 @@
 """The recipes have the numbers of the published tables."""
 
+import json
+import re
+
 import pytest
 from conftest import ROOT
 
@@ -34,6 +37,20 @@ def test_recipe_has_the_published_numbers(name):
     assert (args.batch_size, args.moco_m_cos, args.img_size) == (4096, True, (224, 224))
     assert (args.moco_dim, args.moco_mlp_dim) == (256, 4096)
     assert args.data == "DIR" and args.output_dir == f"runs/{name}"
+    assert args.encode_chunk == (256 if args.arch == "vit_large" else 0)  # the same gradient
+
+
+def test_recipes_state_the_estimated_memory():
+    estimated = {}
+    for name in ("memory_estimate_512", "memory_estimate_512_chunks"):
+        report = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+        for row in report["rows"]:
+            estimated[row["arch"], row["encode_chunk"]] = row["estimated_gib"]
+    for name in [*ROWS, "ablations/vit_huge_300"]:
+        path = ROOT / f"recipes/{name}.txt"
+        args = main_moco.parse_args([f"@{path}", "DIR"])
+        [gib] = re.findall(r"an estimated (\S+) GiB on each of 8 GPUs", path.read_text())
+        assert float(gib) == pytest.approx(estimated[args.arch, args.encode_chunk], abs=0.06), name
 
 
 PROBES = {"lincls_resnet50": 0.4, "lincls_vit_small": 12, "lincls_vit_base": 12}
@@ -146,7 +163,7 @@ ABLATIONS = {
     "m_0.999": dict(CONSTANT, moco_m=0.999),
     "vit_small_600": dict(arch="vit_small", epochs=600),
     "vit_base_600": dict(epochs=600),
-    "vit_huge_300": dict(arch="vit_huge"),
+    "vit_huge_300": dict(arch="vit_huge", encode_chunk=128),  # the same gradient
 }
 
 
