@@ -236,7 +236,7 @@ def test_features_and_knn_are_on_the_device(monkeypatch):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives by name. They are answered here: nothing is communicated."""
+    """Counts the collectives by name."""
 
     def __init__(self):
         super().__init__()
@@ -269,7 +269,7 @@ def test_the_collectives_of_a_step(eight_ranks, form, projector, predictor):
     gathers = forward.counts.popitem()
     assert gathers[1] == norms + 1 and not forward.counts
 
-    with fake_tensors(), Collectives() as step:  # autograd on CUDA tensors needs CUDA
+    with fake_tensors(), Collectives() as both:  # autograd on CUDA tensors needs CUDA
         loss, _ = to_fake(model, CPU)(*torch.empty(2, 4, 8))
         loss.backward()
-    assert step.counts == {gathers[0]: norms + 1, "allreduce_": projector + predictor}
+    assert both.counts == {gathers[0]: norms + 1, "allreduce_": projector + predictor}

@@ -23,7 +23,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 SCRIPTS = {module.__name__: module for module in (main_moco, main_lincls, main_finetune)}
 SCRIPTS |= {f"tools/{module.__name__}": module for module in (convert, features, visualize)}
 
-# Flags of other programs, of benchmarks/, and of the official release, which docs/official.md translates.
+# Flags of other programs, of benchmarks/, and of the official release (docs/official.md).
 OTHER_FLAGS = {
     *("--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max-restarts"),
     *("--shutdown-timeout", "--kill-on-bad-exit", "--shm-size", "--check"),
