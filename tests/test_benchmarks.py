@@ -72,7 +72,7 @@ def test_each_lever_does_something_and_leaves_the_loss_as_it_is(side, arch, opti
     fast = side(arch, optimizer)
     chosen, losses = fast.chosen(), [fast.run() for _ in range(2)]
     own = "concat_views fused_attention" if arch == "vit_nano" else "channels_last"
-    shared = {"foreach_momentum", "fused_optimizer", "no_wait"}
+    shared = {"foreach_momentum", "fused_optimizer", "grad_monitor", "no_wait"}
     assert chosen.keys() == {*own.split(), *shared}
     for lever, value in chosen.items():
         other = side(arch, optimizer, **{lever: not value})
@@ -104,7 +104,8 @@ def test_step_measures_both_sides_and_each_lever():
     assert fast != plain  # rounded otherwise
     unused = {"concat_views", "channels_last", "compile"}
     assert report["levers"].keys() == set(step.LEVERS) - unused
-    parts = "augment, encode, all_gather, heads and loss, backward, optimizer, momentum update"
+    parts = "augment, encode, all_gather, heads and loss, backward, grad_monitor, optimizer, "
+    parts += "momentum update"
     assert set(report["fast"]["milliseconds_of_parts"]) == set(parts.split(", "))
 
 
