@@ -29,6 +29,7 @@ CPU = torch.device("cpu")
         "archives",
         "attention",
         "listing",
+        "peers",
         "probe",
         pytest.param("loader", marks=pytest.mark.slow),
         pytest.param("memory", marks=pytest.mark.slow),

@@ -1,0 +1,374 @@
+"""Beside other libraries: MoCo v3 in lightly and in stable-pretraining, and in this repository.
+
+    pip install lightly stable-pretraining
+    python benchmarks/peers.py --out benchmarks/results/peers.json
+    python benchmarks/peers.py --arch resnet50 --out benchmarks/results/peers_resnet50.json
+    python benchmarks/peers.py --quick
+Images a second of three things: the DataLoader alone, from JPEGs of 500×375 to two views; the
+training step alone, on one batch in memory; and both end to end. The sides take turns. Medians, and
+for ours/other the quartiles of the ratios within a round; above 1 ours is faster. A library that is
+not installed is reported as such.
+
+What is equal: the images, the backbone with its attention and memory format (engine/backbones.py),
+the widths of the heads, two views, the loss of both pairs of views, BatchNorm of one view at a
+time, batch, precision, AdamW, threads and workers. What differs is in the report as "work":
+- Ours crops in the workers and augments on the device, within the step. The others do all of it in
+  the workers, on PIL images. Loader and step therefore divide the work in another way: end to end
+  is the comparison that holds.
+- Ours also logs norms of gradients, top-1 and the spread of the features in every step. The
+  others' step is the bare loop of their documentation, without the trainer of Lightning, which
+  would add to it.
+- lightly has no loss of MoCo v3. Its NTXentLoss without a memory bank is that of SimCLR, which
+  takes the other queries as negatives, too: 2N − 2 of them instead of N − 1.
+"""
+
+import copy
+import sys
+import time
+from collections import defaultdict
+from contextlib import redirect_stdout
+from importlib import metadata, util
+from pathlib import Path
+from statistics import median, quantiles
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+import numpy as np
+import report  # first of ours: it makes the repository importable
+import torch
+from loader import write_photographs
+from step import RepeatedBatch, RunInMemory, Side
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+import main_moco
+from engine.backbones import create_backbone
+from engine.datasets import ImageFileDataset
+from engine.launch import init_distributed
+from engine.loader import TwoCrops, create_loader, unpack_batches
+from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from moco.builder import ends_in_batchnorm
+
+PARTS = ("loader", "step", "end_to_end")
+
+# How the sides differ, for the report.
+WORK = {
+    "ours": {
+        "loader": "decodes once for both views, two uint8 crops",
+        "step": "augments, views one after the other or in one batch by moco/builder.py's choice",
+        "loss": "MoCo v3's, symmetric, N − 1 negatives",
+        "batchnorm": "one view at a time; none after the predictor of a ResNet",
+        "momentum_update": "parameters, in one call",
+        "optimizer": "AdamW, fused",
+    },
+    "lightly": {
+        "loader": "decodes once for both views, PIL images, two normalized float views",
+        "step": "views one after the other",
+        "loss": "NTXentLoss, SimCLR's, of both pairs of views, 2N − 2 negatives",
+        "batchnorm": "one view at a time; after the predictor always; the last has weights",
+        "momentum_update": "parameters, one by one",
+        "optimizer": "AdamW, torch's defaults",
+    },
+    "stable-pretraining": {
+        "loader": "decodes once for both views, PIL images, two normalized float views and the "
+        "parameters of each transform",
+        "step": "views one after the other",
+        "loss": "MoCo v3's without the factor 2τ, symmetric, N − 1 negatives",
+        "batchnorm": "one view at a time; none after the predictor",
+        "momentum_update": "parameters and buffers, by update_teacher of each wrapper",
+        "optimizer": "AdamW, torch's defaults",
+    },
+}
+
+
+def main():
+    parser = report.parser(__doc__)
+    parser.add_argument("-a", "--arch", default="vit_small")
+    parser.add_argument("-b", "--batch-size", type=int, default=32)
+    parser.add_argument("-j", "--workers", type=int, default=2)
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--amp", default="auto", help="as in main_moco.py")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="timed steps in each turn")
+    parser.add_argument("--batches", type=int, default=30, help="of the loader in each turn")
+    args = parser.parse_args()
+    if args.quick:
+        args.arch, args.batch_size, args.img_size, args.workers = "vit_nano", 8, 32, 1
+        args.images, args.rounds, args.steps, args.batches = 16, 2, 1, 2
+    env = init_distributed(args.device, args.amp)
+
+    with TemporaryDirectory() as folder:
+        Path(folder, "photographs").mkdir()  # the one class of a folder of images
+        write_photographs(Path(folder, "photographs"), args.images)
+        sides, not_run = create_sides(args, env, folder)
+        rates = measure(sides, args)
+    precision = str(env.amp_dtype or torch.float32).removeprefix("torch.")
+    results = {"setting": dict(precision=precision, **vars(args))} | not_run
+    for name, side in sides.items():
+        medians = {part: round(median(rates[name, part]), 2) for part in PARTS}
+        version = {} if name == "ours" else {"version": metadata.version(name)}
+        trained = sum(p.numel() for p in side.model.parameters() if p.requires_grad)
+        measured = {"trained_parameters": trained, "images_per_s": medians}
+        results[name] = version | measured | {"work": WORK[name]}
+    for name in [name for name in sides if name != "ours"]:
+        results[f"ours/{name}"] = {}
+        for part in PARTS:
+            ratios = [ours / other for ours, other in zip(rates["ours", part], rates[name, part])]
+            results[f"ours/{name}"][part] = [round(q, 3) for q in quantiles(ratios)]
+    report.finish(args, env.device, **results)
+
+
+def create_sides(args, env, folder):
+    """Name → side that has done a step; name → why a library is not measured."""
+    sides, not_run = {"ours": Ours(args, env, folder)}, {}
+    warm_up(sides["ours"])
+    for name, side_class in (("lightly", Lightly), ("stable-pretraining", StablePretraining)):
+        if util.find_spec(name.replace("-", "_")) is None:
+            not_run[name] = "not installed"
+            continue
+        try:
+            with redirect_stdout(sys.stderr):  # the report alone goes to stdout
+                side = side_class(sides["ours"].side.args, env, folder)
+                warm_up(side)
+        except Exception as error:  # whatever their next version brings
+            not_run[name] = f"not run: {type(error).__name__}: {error}"
+        else:
+            sides[name] = side
+    return sides, not_run
+
+
+def warm_up(side):
+    """Sets side.batch, what its loader yields, and does a step on it."""
+    [keys] = random_batches(side, 1)
+    side.batch = next(iter(side.batches(side.loader([keys], workers=0))))
+    loader = RepeatedBatch(side.batch, 1)
+    side.train(loader, Stopwatch(loader, 0, 1, side.env.device))
+
+
+def measure(sides, args):
+    """(Name of a side, part) → images/s of each round."""
+    rates = defaultdict(list)
+    for _ in range(args.rounds):
+        for part in PARTS:
+            for name, side in sides.items():
+                rates[name, part].append(images_per_s(side, part, args))
+    return rates
+
+
+def images_per_s(side, part, args):
+    # Batches are counted once the workers' queues are in their stride. A step on a CPU is so long
+    # that they are full after the first.
+    fill = 2 * args.workers
+    warm = 1 if part == "end_to_end" and side.env.device.type == "cpu" else fill
+    steps = args.batches if part == "loader" else args.steps
+    if part == "step":
+        warm, batches = 0, RepeatedBatch(side.batch, steps)
+        loader = batches
+    else:
+        # More than are taken, so that the workers never run out of work while the time is taken.
+        loader = side.loader(random_batches(side, warm + steps + fill), args.workers)
+        batches = side.batches(loader)
+    stopwatch = Stopwatch(batches, warm, steps, side.env.device)
+    if part == "loader":
+        for _ in stopwatch:
+            pass
+    else:
+        side.train(loader, stopwatch)
+    return steps * args.batch_size / stopwatch.seconds
+
+
+class Stopwatch:
+    """Yields warm + steps batches; `seconds` that the last `steps` of them took, with their use."""
+
+    def __init__(self, batches, warm, steps, device):
+        self.batches, self.warm, self.steps, self.device = batches, warm, steps, device
+
+    def __iter__(self):
+        iterator = iter(self.batches)
+        for n in range(self.warm + self.steps):
+            if n == self.warm:
+                start = self.now()
+            yield next(iterator)
+        self.seconds = self.now() - start
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def random_batches(side, num_batches):
+    """Batches of indices, an image at most once in each."""
+    rng = np.random.default_rng(0)
+    shape = side.num_images, side.batch_size
+    return [rng.choice(*shape, replace=False).tolist() for _ in range(num_batches)]
+
+
+class Ours:
+    """TwoCrops, create_loader, and main_moco.train_one_epoch by way of step.Side."""
+
+    def __init__(self, args, env, folder):
+        self.env, self.num_images, self.batch_size = env, args.images, args.batch_size
+        options = vars(args) | dict(optimizer="adamw", compile=False, encode_chunk=0)
+        self.side = Side(SimpleNamespace(**options), env)
+        self.model = self.side.model
+        paths = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*.jpg"))
+        size = (args.img_size, args.img_size)
+        self.crops = TwoCrops(ImageFileDataset(folder, paths), size, crop_min=0.08, seed=0)
+
+    def loader(self, batches, workers):
+        keys = [[(epoch, i) for i in batch] for epoch, batch in enumerate(batches)]
+        return create_loader(self.crops, keys, workers, self.env.device)
+
+    def batches(self, loader):
+        return unpack_batches(loader)
+
+    def train(self, loader, batches):
+        side = self.side
+        run = RunFromLoader(side.args, side.env, batches)
+        main_moco.train_one_epoch(self.model, self.model, loader, side.optimizer, side.scaler, run)
+
+
+class RunFromLoader(RunInMemory):
+    def __init__(self, args, env, batches):
+        super().__init__(args, env)
+        self.timed_batches = batches
+
+    def batches(self, loader):
+        return self.timed_batches
+
+
+class OtherLibrary:
+    """The loop that the libraries document. A subclass defines dataset, views and loss.
+
+    args: main_moco.py's.
+    """
+
+    def __init__(self, args, env, folder):
+        self.args, self.env, self.batch_size = args, env, args.batch_size
+        torch.manual_seed(0)
+        self.dataset = self.create_dataset(folder)
+        self.num_images = len(self.dataset)
+        backbone = create_backbone(args.arch, args.img_size)
+        self.num_layers = 2 if ends_in_batchnorm(backbone) else 3  # of the projector
+        self.model = self.create_model(backbone).to(env.device).train()
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(params, 1e-4, weight_decay=0.1)
+        self.scaler = env.grad_scaler()
+
+    def loader(self, batches, workers):
+        pin_memory = self.env.device.type == "cuda"
+        options = dict(batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
+        return DataLoader(self.dataset, **options)
+
+    def batches(self, loader):
+        return loader
+
+    def train(self, loader, batches):
+        for batch in batches:
+            x1, x2 = self.env.to_device(*self.views(batch))
+            with self.env.autocast():
+                loss = self.loss(x1, x2)
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.update_momentum_encoder()
+
+
+class Lightly(OtherLibrary):
+    """BYOLTransform, whose defaults are MoCo v3's augmentation; heads, loss, momentum update."""
+
+    def create_dataset(self, folder):
+        from lightly.data import LightlyDataset
+        from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+
+        size = self.args.img_size[0]
+        views = BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size)
+        return LightlyDataset(folder, transform=BYOLTransform(*views))
+
+    def create_model(self, backbone):
+        from lightly.loss import NTXentLoss
+        from lightly.models.modules import MoCoProjectionHead
+        from lightly.models.utils import deactivate_requires_grad
+
+        args = self.args
+        widths = args.moco_mlp_dim, args.moco_dim
+        projector = MoCoProjectionHead(
+            backbone.num_features, *widths, num_layers=self.num_layers, batch_norm=True
+        )
+        encoder = torch.nn.Sequential(backbone, projector)
+        momentum_encoder = copy.deepcopy(encoder)
+        deactivate_requires_grad(momentum_encoder)
+        self.criterion = NTXentLoss(temperature=args.moco_t, memory_bank_size=0)
+        predictor = MoCoProjectionHead(args.moco_dim, *widths, num_layers=2, batch_norm=True)
+        modules = dict(encoder=encoder, momentum_encoder=momentum_encoder, predictor=predictor)
+        return torch.nn.ModuleDict(modules)
+
+    def views(self, batch):
+        (x1, x2), _, _ = batch
+        return x1, x2
+
+    def loss(self, x1, x2):
+        model = self.model
+        q1, q2 = (model["predictor"](model["encoder"](x)) for x in (x1, x2))
+        with torch.no_grad():
+            k1, k2 = (model["momentum_encoder"](x) for x in (x1, x2))
+        return self.criterion(q1, k2) + self.criterion(q2, k1)
+
+    def update_momentum_encoder(self):
+        from lightly.models.utils import update_momentum
+
+        update_momentum(self.model["encoder"], self.model["momentum_encoder"], self.args.moco_m)
+
+
+class StablePretraining(OtherLibrary):
+    """MultiViewTransform, MoCov3, and the update of the teachers that its callback would call."""
+
+    def create_dataset(self, folder):
+        from stable_pretraining.data import FromTorchDataset
+        from stable_pretraining.data import transforms as spt
+
+        def view(blur_p, solarize_p):
+            solarize = [spt.RandomSolarize(128, p=solarize_p)] if solarize_p else []
+            return spt.Compose(
+                spt.RGB(),
+                spt.RandomResizedCrop(self.args.img_size, scale=(0.08, 1.0)),
+                spt.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
+                spt.RandomGrayscale(p=0.2),
+                spt.PILGaussianBlur(sigma=(0.1, 2.0), p=blur_p),
+                *solarize,
+                spt.RandomHorizontalFlip(p=0.5),
+                spt.ToImage(mean=IMAGENET_MEAN, std=IMAGENET_STD),
+            )
+
+        views = spt.MultiViewTransform([view(1.0, 0.0), view(0.1, 0.2)])
+        return FromTorchDataset(ImageFolder(folder), ["image", "label"], transform=views)
+
+    def create_model(self, backbone):
+        from stable_pretraining.methods import MoCov3
+
+        args = self.args
+        return MoCov3(
+            backbone,
+            projector_dims=[args.moco_mlp_dim] * (self.num_layers - 1) + [args.moco_dim],
+            predictor_hidden_dim=args.moco_mlp_dim,
+            temperature=args.moco_t,
+            ema_decay_start=args.moco_m,
+        )
+
+    def views(self, batch):
+        return [view["image"] for view in batch["views"]]
+
+    def loss(self, x1, x2):
+        return self.model(x1, x2).loss
+
+    def update_momentum_encoder(self):
+        self.model.backbone.update_teacher()
+        self.model.projector.update_teacher()
+
+
+if __name__ == "__main__":
+    main()
