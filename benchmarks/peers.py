@@ -103,21 +103,39 @@ def main():
         Path(folder, "photographs").mkdir()  # the one class of a folder of images
         write_photographs(Path(folder, "photographs"), args.images)
         sides, not_run = create_sides(args, env, folder)
-        rates = measure(sides, args)
+        rates = defaultdict(list)
+        for done in range(1, args.rounds + 1):
+            measure_round(sides, args, rates)
+            results = summary(args, env, sides, rates, done) | not_run
+            report.save(args, env.device, **results)  # what a run has that is stopped
+    report.finish(args, env.device, **results)
+
+
+def measure_round(sides, args, rates):
+    """Appends to rates, (name of a side, part) → images/s of each round."""
+    for part in PARTS:
+        for name, side in sides.items():
+            rates[name, part].append(images_per_s(side, part, args))
+
+
+def summary(args, env, sides, rates, rounds_done):
     precision = str(env.amp_dtype or torch.float32).removeprefix("torch.")
-    results = {"setting": dict(precision=precision, **vars(args))} | not_run
+    results = {"setting": dict(precision=precision, **vars(args)), "rounds_done": rounds_done}
     for name, side in sides.items():
-        medians = {part: round(median(rates[name, part]), 2) for part in PARTS}
         version = {} if name == "ours" else {"version": metadata.version(name)}
         trained = sum(p.numel() for p in side.model.parameters() if p.requires_grad)
+        medians = {part: round(median(rates[name, part]), 2) for part in PARTS}
         measured = {"trained_parameters": trained, "images_per_s": medians}
         results[name] = version | measured | {"work": WORK[name]}
-    for name in [name for name in sides if name != "ours"]:
+        if name == "ours":
+            continue
         results[f"ours/{name}"] = {}
         for part in PARTS:
             ratios = [ours / other for ours, other in zip(rates["ours", part], rates[name, part])]
-            results[f"ours/{name}"][part] = [round(q, 3) for q in quantiles(ratios)]
-    report.finish(args, env.device, **results)
+            # A single value has no quartiles.
+            values = quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios
+            results[f"ours/{name}"][part] = [round(q, 3) for q in values]
+    return results
 
 
 def create_sides(args, env, folder):
@@ -145,16 +163,6 @@ def warm_up(side):
     side.batch = next(iter(side.batches(side.loader([keys], workers=0))))
     loader = RepeatedBatch(side.batch, 1)
     side.train(loader, Stopwatch(loader, 0, 1, side.env.device))
-
-
-def measure(sides, args):
-    """(Name of a side, part) → images/s of each round."""
-    rates = defaultdict(list)
-    for _ in range(args.rounds):
-        for part in PARTS:
-            for name, side in sides.items():
-                rates[name, part].append(images_per_s(side, part, args))
-    return rates
 
 
 def images_per_s(side, part, args):
