@@ -91,6 +91,7 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure these")
     parser.add_argument("--steps", type=int, default=1, help="timed steps in each turn")
     parser.add_argument("--batches", type=int, default=30, help="of the loader in each turn")
     args = parser.parse_args()
@@ -113,7 +114,7 @@ def main():
 
 def measure_round(sides, args, rates):
     """Appends to rates, (name of a side, part) → images/s of each round."""
-    for part in PARTS:
+    for part in args.parts:
         for name, side in sides.items():
             rates[name, part].append(images_per_s(side, part, args))
 
@@ -124,13 +125,14 @@ def summary(args, env, sides, rates, rounds_done):
     for name, side in sides.items():
         version = {} if name == "ours" else {"version": metadata.version(name)}
         trained = sum(p.numel() for p in side.model.parameters() if p.requires_grad)
-        medians = {part: round(median(rates[name, part]), 2) for part in PARTS}
-        measured = {"trained_parameters": trained, "images_per_s": medians}
+        of_rounds = {part: [round(r, 2) for r in rates[name, part]] for part in args.parts}
+        medians = {part: round(median(rates[name, part]), 2) for part in args.parts}
+        measured = {"trained_parameters": trained, "images_per_s": medians, "rounds": of_rounds}
         results[name] = version | measured | {"work": WORK[name]}
         if name == "ours":
             continue
         results[f"ours/{name}"] = {}
-        for part in PARTS:
+        for part in args.parts:
             ratios = [ours / other for ours, other in zip(rates["ours", part], rates[name, part])]
             # A single value has no quartiles.
             values = quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios
