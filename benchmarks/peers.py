@@ -113,30 +113,32 @@ def main():
 
 
 def measure_round(sides, args, rates):
-    """Appends to rates, (name of a side, part) → images/s of each round."""
+    """Appends to rates, (name of a side, measure) → images/s of each round."""
     for part in args.parts:
         for name, side in sides.items():
-            rates[name, part].append(images_per_s(side, part, args))
+            for measure, rate in images_per_s(side, part, args).items():
+                rates[name, measure].append(rate)
 
 
 def summary(args, env, sides, rates, rounds_done):
     precision = str(env.amp_dtype or torch.float32).removeprefix("torch.")
     results = {"setting": dict(precision=precision, **vars(args)), "rounds_done": rounds_done}
+    measures = [measure for name, measure in rates if name == "ours"]
     for name, side in sides.items():
         version = {} if name == "ours" else {"version": metadata.version(name)}
         trained = sum(p.numel() for p in side.model.parameters() if p.requires_grad)
-        of_rounds = {part: [round(r, 2) for r in rates[name, part]] for part in args.parts}
-        medians = {part: round(median(rates[name, part]), 2) for part in args.parts}
+        of_rounds = {key: [round(rate, 2) for rate in rates[name, key]] for key in measures}
+        medians = {key: round(median(rates[name, key]), 2) for key in measures}
         measured = {"trained_parameters": trained, "images_per_s": medians, "rounds": of_rounds}
         results[name] = version | measured | {"work": WORK[name]}
         if name == "ours":
             continue
         results[f"ours/{name}"] = {}
-        for part in args.parts:
-            ratios = [ours / other for ours, other in zip(rates["ours", part], rates[name, part])]
+        for key in measures:
+            ratios = [ours / other for ours, other in zip(rates["ours", key], rates[name, key])]
             # A single value has no quartiles.
             values = quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios
-            results[f"ours/{name}"][part] = [round(q, 3) for q in values]
+            results[f"ours/{name}"][key] = [round(q, 3) for q in values]
     return results
 
 
@@ -168,6 +170,7 @@ def warm_up(side):
 
 
 def images_per_s(side, part, args):
+    """Measure → images/s. On a CPU the step is measured in CPU seconds, too, for a busy machine."""
     # Batches are counted once the workers' queues are in their stride. A step on a CPU is so long
     # that they are full after the first.
     fill = 2 * args.workers
@@ -186,11 +189,19 @@ def images_per_s(side, part, args):
             pass
     else:
         side.train(loader, stopwatch)
-    return steps * args.batch_size / stopwatch.seconds
+    num_images = steps * args.batch_size
+    rates = {part: num_images / stopwatch.seconds}
+    if part == "step" and side.env.device.type == "cpu":
+        rates["step_per_cpu_s"] = num_images / stopwatch.cpu_seconds
+    return rates
 
 
 class Stopwatch:
-    """Yields warm + steps batches; `seconds` that the last `steps` of them took, with their use."""
+    """Yields warm + steps batches.
+
+    seconds, cpu_seconds: that the last `steps` of them took together with what is done to them;
+    CPU seconds are those of this process, without the workers'.
+    """
 
     def __init__(self, batches, warm, steps, device):
         self.batches, self.warm, self.steps, self.device = batches, warm, steps, device
@@ -199,9 +210,9 @@ class Stopwatch:
         iterator = iter(self.batches)
         for n in range(self.warm + self.steps):
             if n == self.warm:
-                start = self.now()
+                start, cpu_start = self.now(), time.process_time()
             yield next(iterator)
-        self.seconds = self.now() - start
+        self.seconds, self.cpu_seconds = self.now() - start, time.process_time() - cpu_start
 
     def now(self):
         if self.device.type == "cuda":
