@@ -106,17 +106,21 @@ def main():
         sides, not_run = create_sides(args, env, folder)
         rates = defaultdict(list)
         for done in range(1, args.rounds + 1):
-            measure_round(sides, args, rates)
+            measure_round(sides, args, rates, first=(done - 1) % len(sides))
             results = summary(args, env, sides, rates, done) | not_run
             report.save(args, env.device, **results)  # what a run has that is stopped
     report.finish(args, env.device, **results)
 
 
-def measure_round(sides, args, rates):
-    """Appends to rates, (name of a side, measure) → images/s of each round."""
+def measure_round(sides, args, rates, first):
+    """Appends to rates, (name of a side, measure) → images/s of each round.
+
+    first: which side begins; what comes right after another part finds colder caches.
+    """
+    names = list(sides)
     for part in args.parts:
-        for name, side in sides.items():
-            for measure, rate in images_per_s(side, part, args).items():
+        for name in names[first:] + names[:first]:
+            for measure, rate in images_per_s(sides[name], part, args).items():
                 rates[name, measure].append(rate)
 
 
