@@ -22,12 +22,14 @@ images, up to 4096, and leaves a part of each GPU to what isn't a tensor, see US
 import copy
 import json
 import math
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from functools import cache, partial
+from pathlib import Path
 from unittest.mock import patch
 
 import report  # first: it makes the repository importable
@@ -260,7 +262,13 @@ def measure(args):
 
 
 def resident_gib():
-    """The largest resident set of this process so far."""
+    """The largest resident set of this process so far.
+
+    getrusage would count that of the parent, which lies in it before Python starts.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
