@@ -11,81 +11,64 @@ main_moco.py. Runs that are finished are kept in --runs; others continue.
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import report
+import report  # first of ours: it makes the repository importable
 import torch
+from kept_runs import ROOT, last_value, run_script
 from PIL import Image
 
 from engine.datasets import load_splits
 from engine.decode import PixelFormat
 from engine.log import read_log
 
-ROOT = Path(__file__).parents[1]
-
 
 def run(seed, args, extra):
     """All jobs of one seed → accuracies in percent, and seconds."""
     folder = Path(args.runs, args.name, f"seed{seed}").resolve()
-    common = ["--seed", seed, "--data-root", args.data_root, "--resume", "auto"]
-    moco = folder / "moco"
     result = {"seed": seed}
 
     def job(name, script, *flags):
-        out = folder / name if name != "pretrain" else moco
-        flags = [*flags, *common, "--output-dir", out]
-        result[f"{name}_seconds"] = timed(script, args.threads, out, *flags)
-        return out
+        flags = [*flags, "--seed", seed, "--data-root", args.data_root]
+        done = run_script(folder / name, args.threads, script, *flags)
+        result[f"{name}_seconds"] = done["seconds"]
+        return read_log(folder / name / "log.jsonl")
 
-    job("pretrain", "main_moco.py", f"@recipes/{args.name}.txt", *extra)
-    lines = read_log(moco / "log.jsonl")
+    lines = job("pretrain", "main_moco.py", f"@recipes/{args.name}.txt", *extra)
     knn = [line["knn"] for line in lines if "knn" in line]
     rates = [line["images_per_s"] for line in lines if "loss" in line]
     result |= dict(knn_before=knn[0], knn_after=knn[-1], images_per_s=statistics.median(rates))
 
-    pretrained = ["--pretrained", moco / "checkpoint.pth"]
     jobs = [("lincls", f"@recipes/lincls_{args.name}.txt")]
     for percent in args.labels:
         if percent == 100:
-            jobs.append(("finetune", f"@recipes/finetune_{args.name}.txt"))
+            jobs.append(("finetune", f"@{finetune_recipe(args.name, percent)}"))
         else:
-            lists = export_subset(args, percent)
-            recipe = f"@recipes/finetune_{args.name}_{percent}.txt"
-            jobs.append((f"finetune_{percent}", recipe, lists[0], "--val", lists[1]))
+            train, val = export_subset(args, percent)
+            recipe = f"@{finetune_recipe(args.name, percent)}"
+            jobs.append((f"finetune_{percent}", recipe, train, "--val", val))
     for name, *flags in jobs:
         script = f"main_{name.split('_')[0]}.py"
+        flags += ["--pretrained", folder / "pretrain" / "checkpoint.pth"]
+        flags += quick_flags(args, script)
         for control, more in (("", []), ("_from_scratch", ["--from-scratch"])):
-            out = job(name + control, script, *flags, *pretrained, *more)
-            result[name + control] = last_value(out, "acc1")
+            lines = job(name + control, script, *flags, *more)
+            result[name + control] = last_value(lines, "acc1")
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result
 
 
-def timed(script, threads, folder, *flags):
-    """Runs a script unless its run is finished → its seconds, those of earlier parts included."""
-    kept = folder / "seconds.txt"
-    if kept.exists():
-        return float(kept.read_text())
-    start = time.perf_counter()
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    env = os.environ | dict(OMP_NUM_THREADS=str(threads))
-    subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
-    seconds = round(time.perf_counter() - start, 1)
-    kept.write_text(str(seconds))
-    return seconds
+def finetune_recipe(name, percent):
+    """Of so many percent of the labels."""
+    return f"recipes/finetune_{name}{'' if percent == 100 else f'_{percent}'}.txt"
 
 
-def last_value(folder, key):
-    """The last value of log.jsonl whose name begins with `key`; of several rates the best one's."""
-    for line in reversed(read_log(Path(folder, "log.jsonl"))):
-        values = [value for name, value in line.items() if name.startswith(key)]
-        if values:
-            return max(values)
-    raise KeyError(key)
+def quick_flags(args, script):
+    if not args.quick:
+        return []
+    return ["--epochs", 1, *(["--warmup-epochs", 0] if script != "main_lincls.py" else [])]
 
 
 def export_subset(args, percent):
@@ -125,10 +108,12 @@ def main():
     add("--runs", default="runs/accuracy", metavar="DIR", help="folder of the runs")
     args, extra = parser.parse_known_args()
     args.threads = args.threads or max(1, os.cpu_count() // args.jobs)
-    if args.quick:
-        args.seeds, extra = args.seeds[:1], [*extra, "--epochs", "1", "--warmup-epochs", "0"]
-
+    extra += quick_flags(args, "main_moco.py")
+    if args.quick and not args.out:
+        parser.error("--quick is not for the published results: add --out")
     for percent in args.labels:
+        if not (ROOT / finetune_recipe(args.name, percent)).exists():
+            parser.error(f"--labels {percent}: no {finetune_recipe(args.name, percent)}")
         if percent < 100:
             export_subset(args, percent)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -138,8 +123,8 @@ def main():
     if not args.out:
         args.out = str(ROOT / "benchmarks" / "results" / f"accuracy_{args.name}.json")
     args.out = None if args.out == "-" else args.out
-    settings = Path(args.runs, args.name, f"seed{args.seeds[0]}", "moco", "args.json").read_text()
-    precision = json.loads(settings)["precision"]
+    folder = Path(args.runs, args.name, f"seed{args.seeds[0]}", "pretrain")
+    precision = json.loads((folder / "args.json").read_text())["precision"]
     results = dict(threads=args.threads, precision=precision, median=median, runs=runs)
     report.finish(args, torch.device("cpu"), **results)
 

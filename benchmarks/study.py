@@ -17,52 +17,42 @@ import os
 import re
 import shlex
 import statistics
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import report
+import report  # first of ours: it makes the repository importable
 import torch
+from kept_runs import ROOT, last_value, run_script
 
 from engine import checkpoint as checkpoints
 from engine.log import read_log
 
-ROOT = Path(__file__).parents[1]
 CURVES = ("knn", "grad_linf/first_max", "grad_linf/last_max")
-BREAKS = 1  # exit code of a run that diverged
 
 
 def read_study(path):
     """→ flags of all runs, blocks of settings [{name: flags}]."""
     text = re.sub(r"^#.*\n", "", Path(path).read_text(), flags=re.MULTILINE)
     common, *blocks = re.split(r"\n\s*\n", text.strip())
-    settings = [dict(map(parse_setting, block.splitlines())) for block in blocks]
-    return shlex.split(common), settings
+    return shlex.split(common), [parse_block(block) for block in blocks]
 
 
-def parse_setting(line):
-    name, colon, flags = line.partition(":")
-    if not colon:
-        raise SystemExit(f"not `name: flags`: {line}")
-    return name.strip(), shlex.split(flags)
+def parse_block(block):
+    settings = {}
+    for line in block.splitlines():
+        name, colon, flags = line.partition(":")
+        if not colon or name in settings:
+            raise SystemExit(f"not `name: flags` with a name of its own: {line}")
+        settings[name] = shlex.split(flags)
+    return settings
 
 
-def run(names, flags, seed, folder, threads, probe):
-    """One pre-training and its probe → what is reported of it; kept in the folder's run.json."""
-    kept = folder / "run.json"
-    result = dict(setting=names, seed=seed, flags=shlex.join(flags))
-    if kept.exists():
-        before = json.loads(kept.read_text())
-        if before["flags"] != result["flags"]:
-            raise SystemExit(f"{folder} has a run with other flags, {before['flags']}: delete it")
-        return before
-    folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    common = ["--seed", seed, "--resume", "auto", "--workers", "1"]
-    exit_code = script("main_moco.py", threads, *flags, *common, "--output-dir", folder)
-    result |= dict(seconds=round(time.perf_counter() - start), broke=exit_code == BREAKS)
+def run(names, flags, seed, folder, args):
+    """One pre-training and its probe → what is reported of it."""
+    common = ["--seed", seed, "--workers", 1]
+    done = run_script(folder, args.threads, "main_moco.py", *flags, *common)
+    result = dict(setting=names, seed=seed, flags=shlex.join(flags)) | done
 
     lines = read_log(folder / "log.jsonl")
     curves = {name: [(x["epoch"], x[name]) for x in lines if name in x] for name in CURVES}
@@ -70,27 +60,12 @@ def run(names, flags, seed, folder, threads, probe):
     if (folder / "checkpoint.pth").exists():
         spikes = checkpoints.load(folder / "checkpoint.pth")["spikes"]
         result |= dict(spikes=spikes["counts"], lags=spikes["lags"], dips=spikes["num_dips"])
-    if probe and not result["broke"]:
-        out = ["--pretrained", folder / "checkpoint.pth", "--output-dir", folder / "probe"]
-        script(
-            "main_lincls.py", threads, *shlex.split(probe), *out, "--seed", seed, "--resume", "auto"
-        )
-        last = read_log(folder / "probe" / "log.jsonl")[-1]
-        result["probe"] = max(value for name, value in last.items() if name.startswith("acc1"))
+    if args.probe and not result["diverged"]:
+        probe = [*shlex.split(args.probe), "--pretrained", folder / "checkpoint.pth"]
+        run_script(folder / "probe", args.threads, "main_lincls.py", *probe, "--seed", seed)
+        result["probe"] = last_value(read_log(folder / "probe" / "log.jsonl"), "acc1")
     result["curves"] = {name: rounded(points) for name, points in curves.items()}
-    kept.write_text(json.dumps(result))
     return result
-
-
-def script(name, threads, *args):
-    """Runs one of the scripts → its exit code; what it printed is in an error."""
-    command = [sys.executable, str(ROOT / name), *map(str, args)]
-    env = os.environ | dict(OMP_NUM_THREADS=str(threads))
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    diverged = done.returncode == BREAKS and "last good checkpoint" in done.stderr
-    if done.returncode and not diverged:
-        raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
-    return done.returncode
 
 
 def rounded(points):
@@ -102,9 +77,9 @@ def summarize(runs):
     """→ {setting: {"knn": [mean, lowest, highest], "probe": the same, …}} over the seeds."""
     summary = {}
     for setting, group in grouped(runs).items():
-        values = {"broke": sum(r["broke"] for r in group)}
+        values = {"diverged": sum(r["diverged"] for r in group)}
         for key in ("knn", "probe", "seconds"):
-            numbers = [r[key] for r in group if key in r and not r["broke"]]
+            numbers = [r[key] for r in group if key in r and not r["diverged"]]
             if numbers:
                 mean = statistics.mean(numbers)
                 values[key] = [round(x, 2) for x in (mean, min(numbers), max(numbers))]
@@ -133,8 +108,9 @@ def draw(path, study):
     """Two blocks of settings: curves, a column for each of the second. One: accuracies."""
     from matplotlib.figure import Figure
 
-    is_grid = len(study["blocks"]) > 1
-    (plot_curves if is_grid else plot_accuracies)(figure := Figure(layout="constrained"), study)
+    figure = Figure(layout="constrained")
+    plot = plot_curves if len(study["blocks"]) > 1 else plot_accuracies
+    plot(figure, study)
     figure.savefig(path, dpi=100)
 
 
@@ -152,8 +128,8 @@ def plot_curves(figure, study):
             if points:
                 ax.plot(*points, color=f"C{row}", lw=0.9, alpha=0.8)
     for column, name in enumerate(second):
-        broke = sum(r["broke"] for r in study["runs"] if r["setting"][1] == name)
-        title = f"{name} ({broke} diverged)" if broke else name
+        diverged = sum(r["diverged"] for r in study["runs"] if r["setting"][1] == name)
+        title = f"{name} ({diverged} diverged)" if diverged else name
         axes[0, column].set_title(title, fontsize=10)
         axes[-1, column].set_xlabel("epoch", fontsize=9)
     for row, title in enumerate(titles):
@@ -198,6 +174,8 @@ def main():
 
     path = Path(args.study)
     path = path if path.is_file() else ROOT / "benchmarks" / "studies" / f"{args.study}.txt"
+    if args.quick and not args.out:
+        parser.error("--quick is not for the published results: add --out")
     own_out = args.out is not None
     out = Path(args.out or ROOT / "benchmarks" / "results" / f"study_{path.stem}.json")
     if not args.draw:
@@ -210,8 +188,8 @@ def main():
             names, flags = [name for name, _ in settings], [f for _, fs in settings for f in fs]
             folder = "_".join(re.sub(r"[^\w.-]+", "-", name) for name in names)
             folder = Path(args.runs, path.stem, folder, f"seed{seed}").resolve()
-            result = run(names, common + flags, seed, folder, args.threads, args.probe)
-            outcome = "broke" if result["broke"] else f"kNN {result['knn']:.1f} %"
+            result = run(names, common + flags, seed, folder, args)
+            outcome = "diverged" if result["diverged"] else f"kNN {result['knn']:.1f} %"
             print(f"{', '.join(names)}, seed {seed}: {outcome}", file=sys.stderr)
             return result
 

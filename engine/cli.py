@@ -340,12 +340,10 @@ LOST_CONNECTION = (
     "Timed out waiting",
     "gloo",
 )
-PEERS_GONE = "another process has ended, or the network between them"
-CONTINUE = "--resume auto continues, and torchrun's --max-restarts does so by itself"
-
-
 # Words in a RuntimeError of CUDA and its libraries, which is no torch.OutOfMemoryError.
 OUT_OF_GPU_MEMORY = ("CUDA error: out of memory", "ALLOC_FAILED")
+PEERS_GONE = "another process has ended, or the network between them"
+CONTINUE = "--resume auto continues, and torchrun's --max-restarts does so by itself"
 
 
 def explain(error, args=None):

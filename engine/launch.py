@@ -153,7 +153,9 @@ def init_process_group(device, timeout):
     )
     if on_gpu:
         # NCCL's watchdog aborts the process. gloo's error, which is readable, shall come first.
-        dist.group.WORLD._get_backend(device)._set_default_timeout(2 * limit)
+        nccl = dist.group.WORLD._get_backend(device)
+        set_timeout = getattr(nccl, "set_timeout", None) or nccl._set_default_timeout  # old torch
+        set_timeout(2 * limit)
 
 
 def _store_of_this_restart(store, rank, world_size, timeout):

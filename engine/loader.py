@@ -121,8 +121,8 @@ class BatchDataset:
     dataset: images to read. unpack_batches unpacks the Batch that each call returns.
     """
 
-    bytes_per_image = 0  # of a batch, where it is large
-    prefetch_factor = PREFETCH_FACTOR  # create_loader lowers it for batches that are large
+    bytes_per_image = 0  # of what make_batch returns, if it may be large
+    prefetch_factor = PREFETCH_FACTOR  # create_loader sets 1 for large batches
 
     def __init__(self, dataset, seed=0):
         self.dataset, self.seed = dataset, seed

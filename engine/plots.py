@@ -18,8 +18,8 @@ PANELS = {
     "acc1": "top-1 accuracy on held-out images, %",
     "top1": "contrastive top-1, fraction of queries",
     "feature_std": "feature std (0: collapsed)",
-    "grad_linf": "largest gradient (ℓ∞), maximum since the line before",
-    "grad_l2": "gradient norm (ℓ2), maximum since the line before",
+    "grad_linf": "largest gradient (ℓ∞)",
+    "grad_l2": "gradient norm (ℓ2)",
     "lr": "learning rate",
     "m": "momentum coefficient m",
 }

@@ -21,8 +21,8 @@ fi
 
 # Saving takes longer than the 30 seconds that torchrun gives.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
-# Where hosts don't find each other: the interface of the fast network, for NCCL and for gloo.
-# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+# Where hosts don't find each other, export NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, the name of the
+# network's interface, here.
 
 # srun doesn't take the cores over from sbatch (Slurm 22.05).
 # torchrun, once on each node, starts a process for each GPU; the first node is where they meet.

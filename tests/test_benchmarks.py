@@ -16,7 +16,7 @@ from engine.launch import Env
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import accuracy
+import kept_runs
 import memory
 import step
 
@@ -225,10 +225,9 @@ def test_the_largest_batch_in_chunks_may_be_smaller_than_a_chunk():
         assert memory.largest_estimated_batch(peak, limit, chunk=256) == max(fits, default=0)
 
 
-def test_the_last_value_of_a_sweep_is_the_best_rates(tmp_path):
+def test_the_last_value_of_a_sweep_is_the_best_rates():
     lines = [{"acc1/lr0.1": 90, "acc1/lr1": 91}, {"acc1/lr0.1": 80, "acc1/lr1": 70}, {"loss": 1}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert accuracy.last_value(tmp_path, "acc1") == 80
+    assert kept_runs.last_value(lines, "acc1") == 80
 
 
 @pytest.mark.slow
@@ -255,7 +254,7 @@ def test_a_study_covers_its_grid_and_keeps_finished_runs(tmp_path):
         assert done.returncode == 0, done.stderr
         reports.append(json.loads((tmp_path / "x.json").read_text()))
     assert reports[0]["runs"] == reports[1]["runs"]
-    settings = [(*run["setting"], run["broke"]) for run in reports[0]["runs"]]
+    settings = [(*run["setting"], run["diverged"]) for run in reports[0]["runs"]]
     assert settings == [
         ("learned", "lr 1e-3", False),
         ("learned", "lr 1e30", True),
@@ -263,3 +262,18 @@ def test_a_study_covers_its_grid_and_keeps_finished_runs(tmp_path):
         ("fixed", "lr 1e30", True),
     ]
     assert (tmp_path / "x.png").exists()
+    study.write_text(study.read_text().replace("16", "32"))
+    done = launch(1, "benchmarks/study.py", *argv)
+    assert done.returncode == 1 and "has a run of other flags" in done.stderr
+
+
+@pytest.mark.slow
+def test_accuracies_of_a_small_set_are_measured_beside_their_controls(tmp_path):
+    argv = ["digits", "--quick", "--seeds", 0, "--runs", tmp_path, "--out", tmp_path / "x.json"]
+    done = launch(1, "benchmarks/accuracy.py", *argv)
+    assert done.returncode == 0, done.stderr
+    [run] = json.loads((tmp_path / "x.json").read_text())["runs"]
+    names = {"knn_before", "knn_after", "lincls", "finetune", "finetune_from_scratch"}
+    assert all(0 < run[name] <= 100 for name in names)
+    done = launch(1, "benchmarks/accuracy.py", *argv, "--moco-t", 0.3)
+    assert done.returncode == 1 and "has a run of other flags" in done.stderr
