@@ -315,6 +315,15 @@ def create_loader(dataset, batch_sampler, workers, device, persistent=False):
     )
 
 
+def stop_workers(loader):
+    """Ends the persistent workers of a DataLoader, at once rather than when it is deleted.
+
+    The garbage collector may close the queue first through which they would be told to end.
+    """
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+
+
 def _identity(batch):
     return batch
 

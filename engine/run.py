@@ -19,7 +19,7 @@ from engine.cli import MAY_CHANGE
 from engine.datasets import dataset_digest
 from engine.errors import UserError, first_line
 from engine.launch import all_gather_object, all_reduce_max, check_same_on_all_ranks, print_rank0
-from engine.loader import UnreadableImages, unpack_batches
+from engine.loader import UnreadableImages, stop_workers, unpack_batches
 from engine.log import MetricLogger
 from engine.signals import Interrupted, catch_signals, pending_exit_code
 from engine.spikes import SpikeDetector
@@ -59,7 +59,7 @@ class Run:
         allow_divergence: weights may become non-finite, for one of several classifiers may fail.
         UserError if the arguments, the data or the classes are not those of the run.
         """
-        sampler, dataset = loader.batch_sampler, loader.dataset.dataset
+        self.loader, sampler, dataset = loader, loader.batch_sampler, loader.dataset.dataset
         self.steps_per_epoch = len(sampler)
         self.unreadable = UnreadableImages(
             self.args.max_bad_images, len(dataset), self.folder, resumed=self.resuming
@@ -215,6 +215,7 @@ class Run:
 
     def __enter__(self):
         self.contexts = contextlib.ExitStack()
+        self.contexts.callback(stop_workers, self.loader)
         self.contexts.callback(self.logger.close)
         self.logger.open()
         self.contexts.enter_context(catch_signals())

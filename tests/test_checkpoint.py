@@ -31,6 +31,7 @@ def create_run(folder, model, *flags, **stateful):
     loader = SimpleNamespace(
         batch_sampler=EpochBatchSampler(len(splits.train), args.batch_size, args.seed),
         dataset=SimpleNamespace(dataset=splits.train),
+        _iterator=None,
     )
     run = Run(args, Env(torch.device("cpu")), folder)
     run.restore(loader, BackboneConfig.from_args(args), splits, model=model, **stateful)

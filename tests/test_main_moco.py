@@ -1,13 +1,15 @@
 """The pre-training script as its users run it."""
 
 import json
+import multiprocessing
 import os
+import sys
 
 import pytest
 import torch
 from conftest import ROOT, TINY, interrupted_after_saving, launch
 
-from engine import checkpoint
+from engine import checkpoint, plots
 from engine.log import read_log
 from moco import MoCo
 
@@ -158,6 +160,14 @@ def test_unreadable_image_stops_training_with_one_line(script, tmp_path, image_f
         "--output-dir", tmp_path / "run",
     )  # fmt: skip
     assert (code, err.count("\n")) == (1, 1) and "unreadable image" in err and "29.jpg" in err
+
+
+def test_the_workers_of_the_loader_end_with_the_training(script, tmp_path, monkeypatch):
+    frames = []  # one that a library keeps holds all that called it, main() and its loader, too
+    monkeypatch.setattr(plots, "plot_curves", lambda folder: frames.append(sys._getframe()))
+    argv = (*TINY, "--epochs", 1, "--knn-every", 0, "--workers", 2, "--output-dir", tmp_path)
+    assert script("main_moco.py", *argv)[0] == 0
+    assert frames and not multiprocessing.active_children()
 
 
 @pytest.mark.slow
