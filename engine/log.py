@@ -33,6 +33,7 @@ class MetricLogger:
         self.step = self.num_lines = 0  # finished steps; lines of log.jsonl about them
         self.pending, self.names = [], ()  # [scalars] of each step, on the device; their names
         self.latest = {}  # the last training line
+        self.epoch_sums = {}  # over the steps of the epoch that have a line
         self.last_eval = ""  # of the last evaluation, for the bar and the line of an epoch
         self.synced = torch.zeros(0, 0)
         self.file = self.writer = self.bar = None
@@ -52,6 +53,7 @@ class MetricLogger:
             names=self.names,
             pending=self.synced,
             latest=self.latest,
+            epoch_sums=self.epoch_sums,
             measured=self.last_eval,
         )
 
@@ -65,6 +67,10 @@ class MetricLogger:
             RENAMED_METRICS.get(name, str(name)): float(value)
             for name, value in state["latest"].items()
         }
+        images, waited = (self.latest.get(name, 0) for name in ("images_per_s", "data_wait"))
+        last_line = self.latest | dict(steps=1, seconds=1, images=images, waited=waited)
+        sums = state.get("epoch_sums", last_line)  # older checkpoints have none
+        self.epoch_sums = {str(name): float(value) for name, value in sums.items()}
         self.last_eval = str(state["measured"])
 
     # Opening and closing
@@ -141,14 +147,21 @@ class MetricLogger:
             return None
 
         values = self._average_pending()
-        seconds = time.perf_counter() - self.since
+        seconds, waited = time.perf_counter() - self.since, all_reduce_max(self.waited)
+        images = self.timed_steps * self.batch_size
+        sums = dict(steps=len(values), images=images, seconds=seconds, waited=waited)
+        sums |= zip(self.names, values.sum(0).tolist())
+        epoch_start = (step - 1) // self.steps_per_epoch * self.steps_per_epoch
+        if step - len(values) > epoch_start:  # not the first line of this epoch
+            sums = {name: self.epoch_sums.get(name, 0) + value for name, value in sums.items()}
+        self.epoch_sums = sums
         self.latest = dict(zip(self.names, values.mean(0).tolist()))
         for name, value in zip(self.names, values.amax(0).tolist()):
             if name.startswith("grad_"):
                 self.latest[f"{name}_max"] = value
         self.latest |= numbers | dict(
-            images_per_s=self.timed_steps * self.batch_size / seconds,
-            data_wait=all_reduce_max(self.waited) / seconds,  # of the slowest rank
+            images_per_s=images / seconds,
+            data_wait=waited / seconds,  # of the slowest rank
         )
         values = dict(zip(self.names, values.unbind(1)))
         if values["loss"].isfinite().all():
@@ -156,7 +169,7 @@ class MetricLogger:
         self.pending = []
         self.start_timer()
         if self.bar is not None:
-            self.bar.set_postfix_str(self._summary())
+            self.bar.set_postfix_str(self._summary(self.latest["loss"]))
         return values
 
     def _fit_pending(self, values):
@@ -181,24 +194,29 @@ class MetricLogger:
         self.last_eval = text
         self._write_line(values)
         if self.bar is not None and self.latest:
-            self.bar.set_postfix_str(self._summary())
+            self.bar.set_postfix_str(self._summary(self.latest["loss"]))
 
     def print_epoch(self, epoch, evaluated=True):
-        """The line after `epoch` epochs. Beside a bar only an evaluation is worth a line."""
+        """The line after `epoch` epochs, means over the last of them.
+
+        Beside a bar only an evaluation is worth a line.
+        """
         if not is_main() or (self.bar is not None and not evaluated):
             return
+        sums = self.epoch_sums
+        means = {name: sums[name] / sums["steps"] for name in self.names}
         shown = [n for n in self.names if n != "loss" and not n.startswith("grad_")]
-        metrics = "".join(f"  {name} {self.latest[name]:.2f}" for name in shown)
+        metrics = "".join(f"  {name} {means[name]:.2f}" for name in shown)
         self.print(
-            f"epoch {epoch}/{self.epochs}  {self._summary(with_eval=evaluated)}{metrics}  "
-            f"{self.latest['images_per_s']:,.0f} images/s, "
-            f"{100 * self.latest['data_wait']:.0f} % of the time waiting for data"
+            f"epoch {epoch}/{self.epochs}  {self._summary(means['loss'], evaluated)}{metrics}  "
+            f"{sums['images'] / sums['seconds']:,.0f} images/s, "
+            f"{100 * sums['waited'] / sums['seconds']:.0f} % of the time waiting for data"
         )
 
-    def _summary(self, with_eval=True):
+    def _summary(self, loss, with_eval=True):
         chance = f" (chance {self.latest['chance']:.2f})" if "chance" in self.latest else ""
         last_eval = f", {self.last_eval}" if self.last_eval and with_eval else ""
-        return f"loss {self.latest['loss']:.3f}{chance}{last_eval}"
+        return f"loss {loss:.3f}{chance}{last_eval}"
 
     def _write_line(self, values):
         if not is_main():

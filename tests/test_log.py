@@ -169,6 +169,19 @@ def test_an_epoch_without_evaluation_shows_no_older_one(logger, capsys):
     assert "kNN 40.0 %" in capsys.readouterr().out
 
 
+def test_the_line_of_an_epoch_is_the_mean_over_its_steps(logger, tmp_path, capsys):
+    train(logger, 1, 17)
+    logger.sync()
+    resumed = create_logger(tmp_path)
+    resumed.load_state_dict(logger.state_dict())
+    resumed.open()
+    for either in (logger, resumed):
+        train(either, 18, 20)
+        either.print_epoch(2)
+        assert "loss 15.500 (chance 5.50)  top1 0.50" in capsys.readouterr().out
+    resumed.close()
+
+
 def test_numbers_that_json_lacks_are_left_out(logger, tmp_path):
     for step in range(1, 5):
         grad = torch.tensor(float("inf"))
