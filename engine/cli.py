@@ -73,6 +73,8 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
+        # argparse opens no other files than recipes.
+        message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"can't read the recipe \2: \1", message)
         raise UserError(f"{message} (--help lists the flags)")
 
 

@@ -54,7 +54,7 @@ class Splits(NamedTuple):
         return 0 if self.class_names is None else len(self.class_names)
 
     def __str__(self):
-        return self._text(self.train, [self.note] if self.note else [])
+        return self._text(self.train, [f"{self.note}; kNN is off"] if self.note else [])
 
     def labelled_str(self):
         """The same for a classifier that is trained and measured."""
@@ -354,7 +354,7 @@ def make_splits(path, train, val, note="", class_names=None, remarks=()):
     if first.label_names is None:
         if train is None:
             return Splits(None, None, None, None, f"the images have no {first.kind}", remarks)
-        note = f"the training images have no {first.kind}; kNN is off"
+        note = f"the training images have no {first.kind}"
         return Splits(train.dataset, None, None, None, note, remarks)
     was_numeric = False
     if class_names is None:
@@ -378,7 +378,7 @@ def make_splits(path, train, val, note="", class_names=None, remarks=()):
             labelled.dataset.labels = torch.tensor([index[name] for name in labelled.label_names])
     train_dataset = None if train is None else train.dataset
     val_dataset = None if val is None else val.dataset
-    note = f"{note}; kNN is off" if val is None else ""
+    note = note if val is None else ""
     return Splits(
         train_dataset, train_dataset, val_dataset, class_names, note, remarks, was_numeric
     )

@@ -108,7 +108,7 @@ def test_classes_are_folders_in_archives_or_the_archives(load, tmp_path):
     write(tmp_path / "pets" / "dog.tar", class_folders(2))
     for path in ("ILSVRC2012_img_train.tar", "classes", "as_tar_makes_it.tar", "shards"):
         splits = load(tmp_path / path)
-        assert splits.class_names == list(names) and "kNN is off" in splits.note
+        assert splits.class_names == list(names) and "kNN is off" in str(splits)
         assert sorted(splits.train.labels.tolist()) == [0, 0, 1, 1]
     assert load(tmp_path / "pets").class_names == ["cat", "dog"]
     nested = load(tmp_path / "ILSVRC2012_img_train.tar").train
@@ -146,7 +146,7 @@ def test_numbered_shards_without_labels_are_no_classes(load, tmp_path):
         )
     splits = load(tmp_path / "set")
     assert len(splits.train) == 2 and splits.train.labels is None
-    assert "neither .cls or .json nor class folders; kNN is off" in splits.note
+    assert "neither .cls or .json nor class folders; kNN is off" in str(splits)
     with pytest.raises(UserError, match=r"needs labelled images: .* neither \.cls"):
         require_labels(load(tmp_path / "set", need="val"), "set", train=False)
 

@@ -36,6 +36,11 @@ def test_recipe_that_cannot_be_read_is_refused(tmp_path, content):
         parser().parse_args([f"@{recipe}"])
 
 
+def test_recipe_that_is_missing_is_named():
+    with pytest.raises(UserError, match=r"can't read the recipe nope\.txt: No such file"):
+        parser().parse_args(["DIR", "@nope.txt"])
+
+
 @pytest.mark.parametrize("words, size", [("96", (96, 96)), ("96 160", (96, 160))])
 def test_sizes_are_a_side_or_height_and_width(words, size):
     args = parser().parse_args(["DIR", "--img-size", *words.split(), "--patch-size", "8"])

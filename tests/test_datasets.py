@@ -67,7 +67,7 @@ def test_plain_folder_has_no_labels_and_says_so(image_file, tmp_path):
         image_file(name)
     data = load_splits(str(tmp_path))
     assert len(data.train) == 2 and data.train.labels is None and data.val is None
-    assert "kNN is off" in data.note
+    assert "kNN is off" in str(data)
 
 
 def test_folders_with_images_out_of_place_are_refused(image_file, tmp_path):
