@@ -122,7 +122,6 @@ def main():
     median = {key: statistics.median(values) for key, values in columns.items()}
     if not args.out:
         args.out = str(ROOT / "benchmarks" / "results" / f"accuracy_{args.name}.json")
-    args.out = None if args.out == "-" else args.out
     folder = Path(args.runs, args.name, f"seed{args.seeds[0]}", "pretrain")
     precision = json.loads((folder / "args.json").read_text())["precision"]
     results = dict(threads=args.threads, precision=precision, median=median, runs=runs)

@@ -6,7 +6,7 @@ JPEGs of 500×375, quality 92, cut from scikit-learn's two photographs; two view
 Images a second, one process and one thread: (a) PIL, torchvision's v1 transforms, two float views;
 (b) our worker's half, two uint8 crops and the parameters of what the device will do; (c) decoding
 alone, the limit. Then (b) through the DataLoader that main_moco.py uses, and the same with fresh
-memory for every batch. Medians of rounds that take turns.
+memory for every batch. Medians of rounds that take turns. And the CPU time of (b) in its parts.
 """
 
 import os
@@ -24,8 +24,8 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
 from engine.datasets import ImageFileDataset
-from engine.loader import TwoCrops, create_loader
-from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from engine.loader import TwoCrops, create_loader, random_crop_box, resized_crop
+from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD, sample_params
 
 SIZE, CROP_MIN, BATCH = 224, 0.08, 32
 
@@ -67,6 +67,7 @@ def main():
                 start = time.perf_counter()
                 work()
                 rates[name].append(count / (time.perf_counter() - start))
+        parts = cpu_time_of_parts(dataset, rounds)
         fresh = FreshMemory(dataset, (SIZE, SIZE), CROP_MIN, seed=0)
         num_batches, through = 3 if args.quick else 80, {"reused": [], "fresh": []}
         for _ in range(rounds):
@@ -84,6 +85,7 @@ def main():
             "b: ours": round(ours),
             "c: decoding alone": round(decoding),
         },
+        cpu_us_per_image=parts,
         loader={
             "workers": args.workers,
             "images_per_s": round(reused),
@@ -93,6 +95,42 @@ def main():
         },
         **{"b/a": round(ours / usual, 2), "b/c": round(ours / decoding, 2)},
     )
+
+
+def cpu_time_of_parts(dataset, rounds):
+    """CPU microseconds of an image of (b), by what they are spent on: medians of rounds."""
+    images = [dataset.read(i) for i in range(min(len(dataset), 2 * BATCH))]
+    rngs = [np.random.default_rng((0, 0, i)) for i in range(len(images))]
+    boxes = [
+        [random_crop_box(rng, *image.shape[1:], CROP_MIN) for _ in range(2)]
+        for rng, image in zip(rngs, images)
+    ]
+    buffer = torch.empty(2, SIZE, SIZE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    crop = resized_crop(images[0], boxes[0][0], (SIZE, SIZE))
+
+    def draw(i):
+        rng = np.random.default_rng((0, 0, i))
+        for view in range(2):
+            random_crop_box(rng, *images[i].shape[1:], CROP_MIN)
+            sample_params(rng, view)
+
+    def resize(i):
+        for box in boxes[i]:
+            resized_crop(images[i], box, (SIZE, SIZE))
+
+    def store(i):
+        for view in range(2):
+            buffer[view] = crop
+
+    works = {"decoding": dataset.read, "two resizes": resize, "storing": store, "drawing": draw}
+    times = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            start = time.process_time()
+            for i in range(len(images)):
+                work(i)
+            times[name].append((time.process_time() - start) / len(images) * 1e6)
+    return {name: round(statistics.median(values)) for name, values in times.items()}
 
 
 def write_photographs(folder, count):

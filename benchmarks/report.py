@@ -19,7 +19,7 @@ def parser(doc):
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
-    parser.add_argument("--out", metavar="JSON", help="keep the report there")
+    parser.add_argument("--out", metavar="JSON", help="keep the report there; -: print it only")
     return parser
 
 
@@ -39,7 +39,7 @@ def save(args, device, **results):
     }
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     text = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text)  # on one line
-    if args.out:
+    if args.out and args.out != "-":
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(text)
     return text

@@ -174,6 +174,8 @@ def main():
 
     path = Path(args.study)
     path = path if path.is_file() else ROOT / "benchmarks" / "studies" / f"{args.study}.txt"
+    if args.out == "-":
+        parser.error("the picture is drawn from the report: give --out a file")
     if args.quick and not args.out:
         parser.error("--quick is not for the published results: add --out")
     own_out = args.out is not None
