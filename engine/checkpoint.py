@@ -111,8 +111,8 @@ def read(path):
                 if isinstance(args, argparse.Namespace):
                     content["args"] = vars(args)
                 return content
-    except Exception as error:  # anything, for a damaged or foreign file
-        reason = type(error).__name__
+    except Exception:  # anything, for a damaged or foreign file
+        reason = _foreign_content(path)
         # Which fails, too, for what torch.save did not write.
         with suppress(Exception), safe_globals([argparse.Namespace]):
             names = sorted(get_unsafe_globals_in_checkpoint(path))
@@ -123,6 +123,18 @@ def read(path):
                 )
         raise DamagedCheckpoint(f"{path} can't be read as a checkpoint: {reason}") from None
     raise DamagedCheckpoint(f"{path} is damaged: the checksum of {corrupt_member} is wrong")
+
+
+def _foreign_content(path):
+    """What a file is that torch.load can't read; perhaps a web page in place of a download."""
+    with open(path, "rb") as file:
+        head = file.read(200)
+    if not head:
+        return "it is empty"
+    first = head.splitlines()[0].decode("ascii", errors="replace")
+    if first.isprintable() and "\N{REPLACEMENT CHARACTER}" not in first:
+        return f"it is a text that begins with {first[:60]!r}"
+    return "torch.save did not write it, or it is damaged"
 
 
 def _is_weights(value):

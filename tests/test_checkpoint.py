@@ -142,9 +142,15 @@ def test_another_file_is_refused_without_running_it(tmp_path, capsys):
     path = tmp_path / "file.pth"
     with pytest.raises(UserError, match="no checkpoint at"):
         checkpoint.load(path)
-    for content in (b"", b"text", pickle.dumps(Code())):
+    kinds = {
+        b"": "it is empty",
+        b"<html>\n404": "it is a text that begins with '<html>'",
+        pickle.dumps(Code()): "torch.save did not write it",
+        b"PK\x03\x04": "torch.save did not write it",
+    }
+    for content, kind in kinds.items():
         path.write_bytes(content)
-        with pytest.raises(UserError, match="can't be read as a checkpoint"):
+        with pytest.raises(UserError, match=f"can't be read as a checkpoint: {kind}"):
             checkpoint.load(path)
     torch.save({"state_dict": Code()}, path)
     with pytest.raises(UserError, match="can't be read as a checkpoint"):
