@@ -48,6 +48,28 @@ def parse_block(block):
     return settings
 
 
+def run_grid(study, common, blocks, args):
+    """Every combination of one setting of each block and a seed → what is reported of each run."""
+
+    def job(settings, seed):
+        names, flags = [name for name, _ in settings], [f for _, fs in settings for f in fs]
+        folder = "_".join(re.sub(r"[^\w.-]+", "-", name) for name in names)
+        folder = Path(args.runs, study, folder, f"seed{seed}").resolve()
+        result = run(names, common + flags, seed, folder, args)
+        outcome = "diverged" if result["diverged"] else f"kNN {result['knn']:.1f} %"
+        print(f"{', '.join(names)}, seed {seed}: {outcome}", file=sys.stderr)
+        return result
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        grid = itertools.product(args.seeds, *(block.items() for block in blocks))
+        futures = [pool.submit(job, settings, seed) for seed, *settings in grid]
+        try:
+            runs = [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return sorted(runs, key=lambda r: [list(b).index(n) for b, n in zip(blocks, r["setting"])])
+
+
 def run(names, flags, seed, folder, args):
     """One pre-training and its probe → what is reported of it."""
     common = ["--seed", seed, "--workers", 1]
@@ -56,7 +78,8 @@ def run(names, flags, seed, folder, args):
 
     lines = read_log(folder / "log.jsonl")
     curves = {name: [(x["epoch"], x[name]) for x in lines if name in x] for name in CURVES}
-    result |= dict(knn=curves["knn"][-1][1], best_knn=max(value for _, value in curves["knn"]))
+    result["git"] = json.loads((folder / "args.json").read_text())["versions"]["git"]
+    result["knn"] = curves["knn"][-1][1]
     if (folder / "checkpoint.pth").exists():
         spikes = checkpoints.load(folder / "checkpoint.pth")["spikes"]
         result |= dict(spikes=spikes["counts"], lags=spikes["lags"], dips=spikes["num_dips"])
@@ -86,6 +109,7 @@ def summarize(runs):
         spikes = [r["spikes"] for r in group if "spikes" in r]
         for place in ("first", "last"):
             values[f"spikes_{place}"] = sum(counts[place] for counts in spikes)
+        values["dips"] = sum(r.get("dips", 0) for r in group)
         lags = [lag for r in group for lag in r.get("lags", [])]
         if lags:
             values["median_lag"] = statistics.median(lags)
@@ -178,36 +202,21 @@ def main():
         parser.error("the picture is drawn from the report: give --out a file")
     if args.quick and not args.out:
         parser.error("--quick is not for the published results: add --out")
-    own_out = args.out is not None
-    out = Path(args.out or ROOT / "benchmarks" / "results" / f"study_{path.stem}.json")
+    results = ROOT / "benchmarks" / "results" / f"study_{path.stem}.json"
+    picture = ROOT / "docs" / f"study_{path.stem}.png"
+    if args.out:
+        results, picture = Path(args.out), Path(args.out).with_suffix(".png")
     if not args.draw:
         common, blocks = read_study(path)
         if args.quick:
             common += ["--epochs", "1", "--warmup-epochs", "0"]
             args.seeds, blocks = args.seeds[:1], [dict(list(block.items())[:2]) for block in blocks]
-
-        def job(settings, seed):
-            names, flags = [name for name, _ in settings], [f for _, fs in settings for f in fs]
-            folder = "_".join(re.sub(r"[^\w.-]+", "-", name) for name in names)
-            folder = Path(args.runs, path.stem, folder, f"seed{seed}").resolve()
-            result = run(names, common + flags, seed, folder, args)
-            outcome = "diverged" if result["diverged"] else f"kNN {result['knn']:.1f} %"
-            print(f"{', '.join(names)}, seed {seed}: {outcome}", file=sys.stderr)
-            return result
-
-        with ThreadPoolExecutor(args.jobs) as pool:
-            grid = itertools.product(args.seeds, *(block.items() for block in blocks))
-            futures = [pool.submit(job, settings, seed) for seed, *settings in grid]
-            try:
-                runs = [future.result() for future in futures]
-            finally:
-                pool.shutdown(cancel_futures=True)
-        runs.sort(key=lambda r: [list(b).index(n) for b, n in zip(blocks, r["setting"])])
+        runs = run_grid(path.stem, common, blocks, args)
         study = dict(common=shlex.join(common), blocks=[list(block) for block in blocks])
-        args.out = str(out)
-        report.save(args, torch.device("cpu"), **study, summary=summarize(runs), runs=runs)
-    picture = out.with_suffix(".png") if own_out else ROOT / "docs" / f"study_{path.stem}.png"
-    draw(picture, json.loads(out.read_text()))
+        study |= dict(threads=args.threads, summary=summarize(runs), runs=runs)
+        args.out = str(results)
+        report.save(args, torch.device("cpu"), **study)
+    draw(picture, json.loads(results.read_text()))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,8 @@ def read(path):
                 if isinstance(args, argparse.Namespace):
                     content["args"] = vars(args)
                 return content
+    except MemoryError:
+        raise
     except Exception:  # anything, for a damaged or foreign file
         reason = _foreign_content(path)
         # Which fails, too, for what torch.save did not write.
@@ -128,12 +130,13 @@ def read(path):
 def _foreign_content(path):
     """What a file is that torch.load can't read; perhaps a web page in place of a download."""
     with open(path, "rb") as file:
-        head = file.read(200)
+        head = file.read(100)
     if not head:
         return "it is empty"
-    first = head.splitlines()[0].decode("ascii", errors="replace")
-    if first.isprintable() and "\N{REPLACEMENT CHARACTER}" not in first:
-        return f"it is a text that begins with {first[:60]!r}"
+    with suppress(UnicodeDecodeError):
+        text = head.decode().strip()
+        if text and text.replace("\n", "").isprintable():
+            return f"it is a text file that begins with {text.splitlines()[0][:60]!r}"
     return "torch.save did not write it, or it is damaged"
 
 

@@ -236,12 +236,10 @@ class MetricLogger:
 
 def read_log(path):
     """log.jsonl → list of dicts; a last line that a crash truncated is dropped."""
-    lines = []
-    for text in (
-        Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-        if Path(path).exists()
-        else ()
-    ):
+    path, lines = Path(path), []
+    if not path.exists():
+        return lines
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

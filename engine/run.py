@@ -232,7 +232,7 @@ class Run:
                 outcome = "not saved" if self.failed_saves else "saved"
                 hint = "" if self.failed_saves else "; --resume auto continues"
                 print_rank0(f"stopped: {outcome} after step {self.step}{hint}", sys.stderr)
-            if self.spikes.counts["first"] or self.spikes.num_dips:
+            if any(self.spikes.counts.values()) or self.spikes.num_dips:
                 self.print(self.spikes)
             if self.unreadable.all:
                 self.print(self.unreadable)

@@ -144,7 +144,7 @@ def test_another_file_is_refused_without_running_it(tmp_path, capsys):
         checkpoint.load(path)
     kinds = {
         b"": "it is empty",
-        b"<html>\n404": "it is a text that begins with '<html>'",
+        b"<html>\n404": "it is a text file that begins with '<html>'",
         pickle.dumps(Code()): "torch.save did not write it",
         b"PK\x03\x04": "torch.save did not write it",
     }
