@@ -31,7 +31,6 @@ from moco import (
     set_lr,
     warmup_cosine_lr,
 )
-from moco.builder import AnyBatchNorm
 from moco.gradients import GradientMonitor
 from vits import POOLING
 
@@ -116,8 +115,8 @@ def main(args):
             evaluate(run, monitor, model)
         for epoch in range(run.epoch + 1, args.epochs + 1):
             train_one_epoch(ddp_model, model, loader, optimizer, scaler, run)
-            is_last = args.knn_every > 0 and epoch == args.epochs
-            eval_due = is_last or is_due(epoch, args.knn_every)
+            is_last = epoch == args.epochs
+            eval_due = args.knn_every > 0 and (is_last or is_due(epoch, args.knn_every))
             if eval_due:
                 evaluate(run, monitor, model)
             keep_as = f"checkpoint_{epoch:04}.pth" if is_due(epoch, args.save_every) else None
@@ -165,11 +164,6 @@ def create_model(args, config, env):
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     backbone = config.create_backbone(stop_grad_conv1=args.stop_grad_conv1)
     check_bf16_conv_gradients(backbone, config, env)
-    if args.encode_chunk > 0 and any(isinstance(m, AnyBatchNorm) for m in backbone.modules()):
-        raise UserError(
-            f"--encode-chunk is for backbones without BatchNorm, not for {args.arch}: drop it, or "
-            "lower --batch-size"
-        )
     model = MoCo(
         env.sync_batchnorm(backbone),
         dim=args.moco_dim,

@@ -45,7 +45,7 @@ def main():
         paths = write_photographs(Path(folder), count)
         dataset = ImageFileDataset(folder, paths)
         crops = TwoCrops(dataset, (SIZE, SIZE), CROP_MIN, seed=0)
-        views = [usual_view(sigma_p=1.0), usual_view(sigma_p=0.1, solarize_p=0.2)]
+        views = [usual_view(blur_p=1.0), usual_view(blur_p=0.1, solarize_p=0.2)]
 
         def usual():
             for path in paths:
@@ -69,31 +69,31 @@ def main():
                 rates[name].append(count / (time.perf_counter() - start))
         parts = cpu_time_of_parts(dataset, rounds)
         fresh = FreshMemory(dataset, (SIZE, SIZE), CROP_MIN, seed=0)
-        num_batches, through = 3 if args.quick else 80, {"reused": [], "fresh": []}
+        num_batches, loader_rates = 3 if args.quick else 80, {"reused": [], "fresh": []}
         for _ in range(rounds):
-            for name, batch_dataset in zip(through, (crops, fresh)):
-                through[name].append(loader_rate(batch_dataset, args.workers, num_batches))
+            for name, batch_dataset in zip(loader_rates, (crops, fresh)):
+                loader_rates[name].append(loader_rate(batch_dataset, args.workers, num_batches))
 
-    usual, ours, decoding = (statistics.median(values) for values in rates.values())
-    reused, fresh = (statistics.median(values) for values in through.values())
+    usual_rate, our_rate, decode_rate = map(statistics.median, rates.values())
+    reused_rate, fresh_rate = map(statistics.median, loader_rates.values())
     report.finish(
         args,
         torch.device("cpu"),
         cores=os.cpu_count(),
         images_per_s_per_core={
-            "a: usual recipe": round(usual),
-            "b: ours": round(ours),
-            "c: decoding alone": round(decoding),
+            "a: usual recipe": round(usual_rate),
+            "b: ours": round(our_rate),
+            "c: decoding alone": round(decode_rate),
         },
         cpu_us_per_image=parts,
         loader={
             "workers": args.workers,
-            "images_per_s": round(reused),
-            "share of workers · b": round(reused / (args.workers * ours), 2),
-            "images_per_s with fresh memory": round(fresh),
-            "reused/fresh": round(reused / fresh, 2),
+            "images_per_s": round(reused_rate),
+            "fraction of workers · b": round(reused_rate / (args.workers * our_rate), 2),
+            "images_per_s with fresh memory": round(fresh_rate),
+            "reused/fresh": round(reused_rate / fresh_rate, 2),
         },
-        **{"b/a": round(ours / usual, 2), "b/c": round(ours / decoding, 2)},
+        **{"b/a": round(our_rate / usual_rate, 2), "b/c": round(our_rate / decode_rate, 2)},
     )
 
 
@@ -145,7 +145,7 @@ def write_photographs(folder, count):
     return names
 
 
-def usual_view(sigma_p, solarize_p=0.0):
+def usual_view(blur_p, solarize_p=0.0):
     """PIL image → normalized float view, as the paper's augmentation is commonly written down."""
 
     def blur(image):
@@ -156,7 +156,7 @@ def usual_view(sigma_p, solarize_p=0.0):
             transforms.RandomResizedCrop(SIZE, (CROP_MIN, 1)),
             transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
             transforms.RandomGrayscale(0.2),
-            transforms.RandomApply([blur], sigma_p),
+            transforms.RandomApply([blur], blur_p),
             transforms.RandomApply([ImageOps.solarize], solarize_p),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
@@ -176,10 +176,12 @@ def loader_rate(crops, workers, num_batches):
     """Images/s of a DataLoader in its stride: the first batch of each worker isn't counted."""
     warm = 2 * workers
     keys = [[(e, i % len(crops)) for i in range(BATCH)] for e in range(warm + num_batches)]
-    loader = create_loader(crops, keys, workers, torch.device("cpu"))
-    for n, _ in enumerate(loader):
-        if n == warm - 1:
-            start = time.perf_counter()
+    batches = iter(create_loader(crops, keys, workers, torch.device("cpu")))
+    for _ in range(warm):
+        next(batches)
+    start = time.perf_counter()
+    for _ in batches:
+        pass
     return num_batches * BATCH / (time.perf_counter() - start)
 
 

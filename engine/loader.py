@@ -197,8 +197,8 @@ class TwoCrops(BatchDataset):
         return crops, torch.from_numpy(params)
 
     def _next_buffer(self, *shape):
-        """A uint8 tensor. In a worker it is shared memory, used in turns: fresh pages for every
-        batch, and a copy into them, would cost time."""
+        """A uint8 tensor. In a worker: shared memory, reused in turn. New pages and a copy for
+        every batch would take longer."""
         if get_worker_info() is None:
             return torch.empty(shape, dtype=torch.uint8)
         # prefetch_factor batches wait for the main process, which holds one and may be handed the
@@ -318,7 +318,8 @@ def create_loader(dataset, batch_sampler, workers, device, persistent=False):
 def stop_workers(loader):
     """Ends the persistent workers of a DataLoader, at once rather than when it is deleted.
 
-    The garbage collector may close the queue first through which they would be told to end.
+    Left to the garbage collector, the queue that tells them to end may be closed first; they would
+    then end 30 seconds after SIGTERM, and Python waits for them.
     """
     if loader._iterator is not None:
         loader._iterator._shutdown_workers()

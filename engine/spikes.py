@@ -1,4 +1,4 @@
-"""Spikes of the gradient and dips of kNN: the instability of the paper, told when it happens."""
+"""The paper's instability, reported when it happens: spikes of the gradient and dips of kNN."""
 
 import math
 import statistics

@@ -88,7 +88,7 @@ class MoCo(nn.Module):
         """Features of both views: [N, in_chans, H, W] twice → [2, N, d]."""
         if self.encode_chunk:
             h = torch.stack([self.encode_in_chunks(encoder, x) for x in (x1, x2)])
-        # A large batch on a CPU loses more by its buffers than it gains.
+        # On a CPU a large batch is faster one view after the other.
         elif self.concat_views and not (x1.is_cpu and x1.numel() > CPU_CONCAT_LIMIT):
             h = self.call_encoder(encoder, torch.cat([x1, x2])).unflatten(0, (2, len(x1)))
         else:

@@ -56,7 +56,10 @@ class LARS(Optimizer):
 
 
 def create_optimizer(name, model, lr, wd):
-    """ "lars" or "adamw" over every trainable parameter; AdamW decays norms and biases too."""
+    """LARS ("lars") or AdamW ("adamw") over all trainable parameters; ValueError for another name.
+
+    AdamW decays norms and biases, too.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
     if name == "lars":
         return LARS(params, lr, weight_decay=wd)
