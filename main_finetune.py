@@ -41,7 +41,7 @@ from engine.run import Run
 from moco import optimizer_step, scaled_lr
 from moco.distributed import rank, world_size
 
-MAX_INITIAL_WEIGHT = 0.1  # of the initial weights in the moving average, at the end
+MAX_INITIAL_WEIGHT = 0.1  # largest fraction of the final average that may be initial weights
 
 
 def parse_args(argv=None):

@@ -1,4 +1,4 @@
-"""One run and its folder: metadata, log, checkpoints, resume and signals, alike in all scripts."""
+"""One run and its folder: metadata, log, checkpoints, resume, signals; the same in all scripts."""
 
 import atexit
 import contextlib
