@@ -41,16 +41,15 @@ def run(seed, args, extra):
     rates = [line["images_per_s"] for line in lines if "loss" in line]
     result |= dict(knn_before=knn[0], knn_after=knn[-1], images_per_s=statistics.median(rates))
 
-    jobs = [("lincls", f"@recipes/lincls_{args.name}.txt")]
+    jobs = [("lincls", "main_lincls.py", f"@recipes/lincls_{args.name}.txt")]
     for percent in args.labels:
-        if percent == 100:
-            jobs.append(("finetune", f"@{finetune_recipe(args.name, percent)}"))
-        else:
+        flags = [f"@{finetune_recipe(args.name, percent)}"]
+        if percent < 100:
             train, val = export_subset(args, percent)
-            recipe = f"@{finetune_recipe(args.name, percent)}"
-            jobs.append((f"finetune_{percent}", recipe, train, "--val", val))
-    for name, *flags in jobs:
-        script = f"main_{name.split('_')[0]}.py"
+            flags += [train, "--val", val]
+        name = "finetune" if percent == 100 else f"finetune_{percent}"
+        jobs.append((name, "main_finetune.py", *flags))
+    for name, script, *flags in jobs:
         flags += ["--pretrained", folder / "pretrain" / "checkpoint.pth"]
         flags += quick_flags(args, script)
         for control, more in (("", []), ("_from_scratch", ["--from-scratch"])):
