@@ -41,7 +41,6 @@ from timm.layers import set_fused_attn
 import main_moco
 import moco.builder
 from engine.backbones import RESNETS
-from engine.errors import UserError
 from engine.launch import Env, init_distributed
 
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")
@@ -114,7 +113,7 @@ def estimate_largest_batches(args):
             line = dict(gib=gib, encode_chunk=chunk, largest_batch=None)
             try:
                 batch_size = largest_estimated_batch(peak, USABLE * gib, chunk)
-            except UserError as error:  # BatchNorm and --encode-chunk
+            except ValueError as error:  # BatchNorm and --encode-chunk
                 yield line | dict(refused=str(error))
                 continue
             if batch_size:

@@ -84,6 +84,10 @@ def _plot_panel(axes, panel, curves, several):
         axes.legend(fontsize=8, handles=handles if several else None)
     if panel.startswith("grad_"):
         axes.set_yscale("log")
+        # Plain text: the usual labels, 10 to a power, are markup, which may be switched off.
+        axes.yaxis.set_major_formatter("{x:g}")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
     axes.set_title(PANELS[panel], fontsize=10)
     axes.set_xlabel("epoch", fontsize=9)
     axes.grid(alpha=0.3)

@@ -1,11 +1,13 @@
 """What a run leaves behind: lines of log.jsonl, averages and pictures."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from engine import plots
 from engine.log import MetricLogger, read_log
 from engine.plots import collect_curves, plot_curves, plot_views
 from engine.run import versions
@@ -127,6 +129,20 @@ def test_curves_and_views_are_drawn(tmp_path):
     plot_views(tmp_path, *torch.randn(2, 12, 3, 8, 12))
     for name in ("curves.png", "views.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("values", [(0.002, 3.0), (0.2, 0.3)])  # with and without powers of 10
+def test_gradients_have_an_axis_of_plain_numbers(tmp_path, monkeypatch, values):
+    lines = [{"epoch": i, "step": i, "grad_linf/first_max": v} for i, v in enumerate(values)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plot_curves(tmp_path)
+    figures[0].canvas.draw()
+    [axes] = figures[0].axes
+    labels = axes.get_yticklabels(minor=True) + axes.get_yticklabels()
+    labels = [label.get_text() for label in labels if label.get_text()]
+    assert labels and all(float(label) > 0 for label in labels)
 
 
 def test_logs_with_the_names_of_before_give_the_same_curves(tmp_path):
