@@ -81,7 +81,7 @@ def test_killed_so_often_it_ends_in_the_same_weights(undisturbed, tmp_path, num_
             ended = child.wait(0)
         if ended is None:
             os.kill(child.pid, signal.SIGKILL)
-            assert child.wait() == -signal.SIGKILL
+        if child.wait() == -signal.SIGKILL:  # it may have ended just before
             kills += 1
             while_saving += (folder / "checkpoint.pth.tmp").exists()
         else:
