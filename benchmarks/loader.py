@@ -14,6 +14,7 @@ import random
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,37 +46,13 @@ def main():
         paths = write_photographs(Path(folder), count)
         dataset = ImageFileDataset(folder, paths)
         crops = TwoCrops(dataset, (SIZE, SIZE), CROP_MIN, seed=0)
-        views = [usual_view(blur_p=1.0), usual_view(blur_p=0.1, solarize_p=0.2)]
-
-        def usual():
-            for path in paths:
-                with Image.open(Path(folder, path)) as image:
-                    image = image.convert("RGB")
-                torch.stack([view(image) for view in views])
-
-        def ours():
-            for first in range(0, count, BATCH):
-                crops.__getitems__([(0, i) for i in range(first, min(first + BATCH, count))])
-
-        def decoding():
-            for i in range(count):
-                dataset.read(i)
-
-        rates = {"usual": [], "ours": [], "decode": []}
-        for _ in range(rounds):
-            for name, work in zip(rates, (usual, ours, decoding)):
-                start = time.perf_counter()
-                work()
-                rates[name].append(count / (time.perf_counter() - start))
-        parts = cpu_time_of_parts(dataset, rounds)
         fresh = FreshMemory(dataset, (SIZE, SIZE), CROP_MIN, seed=0)
-        num_batches, loader_rates = 3 if args.quick else 80, {"reused": [], "fresh": []}
-        for _ in range(rounds):
-            for name, batch_dataset in zip(loader_rates, (crops, fresh)):
-                loader_rates[name].append(loader_rate(batch_dataset, args.workers, num_batches))
-
-    usual_rate, our_rate, decode_rate = map(statistics.median, rates.values())
-    reused_rate, fresh_rate = map(statistics.median, loader_rates.values())
+        usual_rate, our_rate, decode_rate = rates_of_a_core(crops, rounds)
+        parts = cpu_time_of_parts(dataset, rounds)
+        num_batches = 3 if args.quick else 80
+        reused_rate, fresh_rate = median_rates(
+            [partial(loader_rate, c, args.workers, num_batches) for c in (crops, fresh)], rounds
+        )
     report.finish(
         args,
         torch.device("cpu"),
@@ -95,6 +72,39 @@ def main():
         },
         **{"b/a": round(our_rate / usual_rate, 2), "b/c": round(our_rate / decode_rate, 2)},
     )
+
+
+def rates_of_a_core(crops, rounds):
+    """Images/s of (a), (b) and (c), on one thread."""
+    dataset, count = crops.dataset, len(crops)
+    views = [usual_view(blur_p=1.0), usual_view(blur_p=0.1, solarize_p=0.2)]
+
+    def usual():
+        for i in range(count):
+            with Image.open(Path(dataset.root, dataset.name(i))) as image:
+                image = image.convert("RGB")
+            torch.stack([view(image) for view in views])
+
+    def ours():
+        for first in range(0, count, BATCH):
+            crops.__getitems__([(0, i) for i in range(first, min(first + BATCH, count))])
+
+    def decoding():
+        for i in range(count):
+            dataset.read(i)
+
+    def rate(work):
+        start = time.perf_counter()
+        work()
+        return count / (time.perf_counter() - start)
+
+    return median_rates([partial(rate, work) for work in (usual, ours, decoding)], rounds)
+
+
+def median_rates(measures, rounds):
+    """measures: functions → images/s. They take turns."""
+    rates = [[measure() for measure in measures] for _ in range(rounds)]
+    return map(statistics.median, zip(*rates))
 
 
 def cpu_time_of_parts(dataset, rounds):
