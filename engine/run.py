@@ -28,6 +28,7 @@ from moco.distributed import is_main, world_size
 
 LOCK = "run.lock"
 PLOT_SECONDS = 60  # between two drawings of curves.png
+MIN_LOSS_SCALE = 2.0**-10  # fp16 whose gradients overflow even at this scale won't recover
 
 
 class Run:
@@ -67,6 +68,7 @@ class Run:
         self.logger = MetricLogger(self.folder, self.args, self.steps_per_epoch)
         self.unreadable.print_fn = self.logger.print
         self.model, self.allow_divergence = stateful.pop("model"), allow_divergence
+        self.scaler = stateful.get("scaler") or torch.amp.GradScaler(enabled=False)
         self.spikes = SpikeDetector()
         stateful |= dict(sampler=sampler, logger=self.logger, spikes=self.spikes)
         self.stateful = {name: part for name, part in stateful.items() if part is not None}
@@ -258,12 +260,15 @@ class Run:
         """After an optimizer step: logs; saves when it is time; raises Interrupted after a signal.
 
         metrics: `loss` and others. Tensors, 0-d on the device, are averaged in the log; numbers
-        are written as they are. UserError if the loss is not finite.
+        are written as they are. UserError if the loss is not finite, or if fp16 skips every step.
         """
         self.step += 1
+        if self.scaler.is_enabled():  # read from the device with the metrics
+            metrics["loss_scale"] = self.scaler.scale(torch.ones((), device=self.env.device))
         values = self.logger.log_step(self.step, **metrics)
         if values is not None:
             self._check_losses(values["loss"])
+            self._check_loss_scale(values)
             self._check_gradients(values)
             self.unreadable.sync()
         interval = 60 * self.args.save_minutes
@@ -366,6 +371,14 @@ class Run:
         if not finite.all():
             first = self.step - len(losses) + int((~finite).int().argmax())
             self._diverged(f"loss became {losses[~finite][0]:f}", first)
+
+    def _check_loss_scale(self, values):
+        """The scaler skips a step whose gradients overflow, and halves the scale."""
+        scale = float(values["loss_scale"][-1]) if "loss_scale" in values else 1
+        if scale < MIN_LOSS_SCALE:
+            self._diverged(
+                f"gradients overflow in fp16 at a loss scale of {scale:g}", self.step - 1
+            )
 
     def _check_weights(self):
         """Stops the run if a weight is not finite: the last step shows in no loss yet."""

@@ -4,12 +4,14 @@ import json
 import multiprocessing
 import os
 import sys
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT, TINY, interrupted_after_saving, launch
 
 from engine import checkpoint, plots
+from engine.launch import Env
 from engine.log import read_log
 from moco import MoCo
 
@@ -218,6 +220,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path):
     )  # fmt: skip
     assert code == 1 and "the loss became nan in step" in err
     assert "last good checkpoint: none yet" in err and err.count("\n") == 1
+
+
+def test_fp16_that_skips_every_step_stops_the_run(script, tmp_path, monkeypatch):
+    def scaled(model, *views, forward=MoCo.forward):
+        loss, metrics = forward(model, *views)
+        loss.register_hook(lambda grad: grad * factor)
+        return loss, metrics
+
+    scaler = partial(torch.amp.GradScaler, "cpu", init_scale=2.0**-4)
+    monkeypatch.setattr(Env, "grad_scaler", lambda env: scaler())
+    monkeypatch.setattr(MoCo, "forward", scaled)
+    argv = (*TINY, "--knn-every", 0, "--output-dir")
+    factor = 1
+    code, out, err = script("main_moco.py", *argv, tmp_path / "healthy")
+    assert code == 0 and "loss_scale 0.06" in out, err
+    assert {line["loss_scale"] for line in read_log(tmp_path / "healthy/log.jsonl")} == {2.0**-4}
+
+    factor = torch.inf
+    code, _, err = script("main_moco.py", *argv, tmp_path / "overflowing")
+    assert code == 1 and err.count("\n") == 1
+    assert "gradients overflow in fp16 at a loss scale of 0.000488281 in step 6 (epoch 1" in err
 
 
 # Several processes.
