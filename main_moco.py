@@ -21,7 +21,6 @@ from engine.evaluation import FeatureMonitor
 from engine.loader import EpochBatchSampler, TwoCrops, create_loader, unpack_batches
 from engine.run import Run
 from moco import (
-    LazyViews,
     MoCo,
     augment,
     cosine_momentum,
@@ -139,7 +138,8 @@ def train_one_epoch(ddp_model, model, loader, optimizer, scaler, run):
         m = cosine_momentum(t, args.epochs, args.moco_m) if args.moco_m_cos else args.moco_m
         set_lr(optimizer, lr)
 
-        x1, x2 = make_views(env.to_device(crops), params, pixel_format, lazy=args.encode_chunk > 0)
+        dtype = env.amp_dtype or torch.float32
+        x1, x2 = make_views(env.to_device(crops), params, pixel_format, dtype, args.encode_chunk)
         with env.autocast():
             loss, metrics = ddp_model(x1, x2)
         grads = optimizer_step(loss, optimizer, scaler, args.clip_grad, grad_monitor)
@@ -149,15 +149,18 @@ def train_one_epoch(ddp_model, model, loader, optimizer, scaler, run):
         run.end_step(loss=loss, **metrics, **grads, chance=chance, lr=lr, m=m)
 
 
-def make_views(crops, params, pixel_format, lazy=False):
+def make_views(crops, params, pixel_format, dtype=torch.float32, chunk=0):
     """crops: uint8 [2, N, C, H, W] on the device; params: float32 [2, N, 9] on the CPU → x1, x2.
 
-    lazy: the model augments one chunk at a time, so that a large batch stays uint8 in memory.
+    dtype: of the views; that of autocast loses nothing, for the first layer rounds to it anyway.
+    chunk: augment so many images at a time, so that a large batch is in float32 nowhere; 0: all.
     """
-    mean, std = pixel_format.mean, pixel_format.std
-    if lazy:
-        return [LazyViews(*view, mean, std) for view in zip(crops, params)]
-    return augment(crops.flatten(0, 1), params.flatten(0, 1), mean, std).chunk(2)
+    images, params = crops.flatten(0, 1), params.flatten(0, 1)
+    views = torch.empty(images.shape, dtype=dtype, device=images.device)  # contiguous
+    size = chunk or len(images)
+    for part in zip(views.split(size), images.split(size), params.split(size)):
+        part[0].copy_(augment(*part[1:], pixel_format.mean, pixel_format.std))
+    return views.chunk(2)
 
 
 def create_model(args, config, env):

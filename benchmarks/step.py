@@ -26,7 +26,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_moco
-import moco.augmentation
 import moco.builder
 from engine.backbones import BackboneConfig
 from engine.decode import RGB
@@ -187,7 +186,6 @@ class Side:
             clock = Clock(self.env.device)
             with (
                 clock.around(main_moco, "augment"),
-                clock.around(moco.augmentation, "augment"),
                 clock.around(self.model, "encode"),
                 clock.around(moco.builder, "all_gather"),
                 clock.around(self.model, "forward", "heads and loss"),

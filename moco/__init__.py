@@ -1,6 +1,6 @@
 """MoCo v3 (Chen, Xie, He, 2021, arXiv 2104.02057), as a library; docs/library.md shows its use."""
 
-from moco.augmentation import LazyViews, augment, sample_params
+from moco.augmentation import augment, sample_params
 from moco.builder import MoCo, contrastive_loss
 from moco.optimizer import (
     LARS,
@@ -14,7 +14,6 @@ from moco.optimizer import (
 
 __all__ = [
     "LARS",
-    "LazyViews",
     "MoCo",
     "augment",
     "contrastive_loss",

@@ -106,24 +106,6 @@ def augment(images, params, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return normalize(x, mean, std)
 
 
-class LazyViews:
-    """Views that are augmented when sliced: `views[a:b]` → float32 [b − a, C, H, W].
-
-    Inside activation checkpointing this keeps uint8 images in memory instead of float32 ones.
-    images: uint8 [N, C, H, W]; params, mean, std: as for `augment`.
-    """
-
-    def __init__(self, images, params, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-        self.images, self.params, self.mean, self.std = images, params, mean, std
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, part):
-        with torch.autocast(self.images.device.type, enabled=False):  # sliced inside the model
-            return augment(self.images[part], self.params[part], self.mean, self.std)
-
-
 def normalize(x, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """[..., C, H, W] in [0, 1] → (x − mean) / std, per channel."""
     return (x - _per_channel(tuple(mean), x.device)) / _per_channel(tuple(std), x.device)

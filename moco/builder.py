@@ -69,8 +69,7 @@ class MoCo(nn.Module):
         """x1, x2: [N, in_chans, H, W] → loss, {"top1", "feature_std"}; scalars on the device.
 
         Algorithm 1 up to the loss, the two views as one batch; changes no weight. The loss is the
-        mean over this rank's 2N queries, against the keys of all ranks. With encode_chunk, x1 and
-        x2 may be anything whose slices are such tensors, as moco.LazyViews.
+        mean over this rank's 2N queries, against the keys of all ranks.
         """
         h = self.encode(self.base_encoder, x1, x2)  # [2, N, d]
         q1, q2 = self.predictor(projector(self.base_encoder).project(h))  # [N, C] each

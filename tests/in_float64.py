@@ -5,10 +5,9 @@ In fp32 a single ReLU whose input changes sign by rounding moves a gradient by 1
 
 import main_moco
 from engine import cli
-from moco import augmentation
 
 if __name__ == "__main__":
-    create_model, augment = main_moco.create_model, augmentation.augment
+    create_model, make_views = main_moco.create_model, main_moco.make_views
     main_moco.create_model = lambda *args: create_model(*args).double()
-    main_moco.augment = augmentation.augment = lambda *args: augment(*args).double()
+    main_moco.make_views = lambda *args: [x.double() for x in make_views(*args)]
     cli.run_script(main_moco.main, main_moco.parse_args)

@@ -9,8 +9,10 @@ from torch import nn
 
 from engine.backbones import create_backbone
 from engine.datasets import load_splits
+from engine.decode import RGB
 from engine.loader import EpochBatchSampler, TwoCrops
-from moco import LazyViews, MoCo, augment, contrastive_loss, create_optimizer
+from main_moco import make_views
+from moco import MoCo, augment, contrastive_loss, create_optimizer
 from moco.batchnorm import ViewBatchNorm
 from moco.builder import feature_std
 
@@ -73,12 +75,13 @@ def test_chunks_give_the_gradient_of_the_whole_batch(chunk):
     assert ((chunked_grad - grad).norm() / grad.norm()).item() < 1e-10
 
 
-def test_chunks_augment_as_the_whole_batch():
-    crops, params = crops_of_digits(12)
-    whole = augment(crops.flatten(0, 1), params.flatten(0, 1)).chunk(2)
-    for x, views in zip(whole, map(LazyViews, crops, params)):
-        assert len(views) == 12
-        torch.testing.assert_close(torch.cat([views[:5], views[5:]]), x, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_chunks_augment_as_the_whole_batch(chunk):
+    batch = (*crops_of_digits(12), RGB)
+    whole, chunked = (torch.cat(make_views(*batch, chunk=size)) for size in (0, chunk))
+    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-6)
+    rounded = torch.cat(make_views(*batch, torch.bfloat16, chunk))
+    torch.testing.assert_close(rounded, chunked.bfloat16(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vit_conv_nano"])
