@@ -36,7 +36,7 @@ JOBS = {
         90,
     ),
     "memory_4096": (
-        "benchmarks/memory.py -a vit_base -b 4096 --encode-chunk 256 --steps 2 --out {out}",
+        "benchmarks/memory.py -a vit_base -b 4096 --encode-chunk 128 --steps 2 --out {out}",
         120,
     ),
     "tests": (f"{PYTEST} tests/test_gpu.py", 240),
@@ -49,7 +49,7 @@ JOBS = {
     "levers_vit_base": ("benchmarks/step.py -a vit_base -b 256 --levers --out {out}", 120),
     "compile_vit_base": ("benchmarks/step.py -a vit_base -b 256 --compile --out {out}", 120),
     "memory_vit_base": (
-        "benchmarks/memory.py -a vit_base -b 256 --encode-chunk 0 256 --steps 2 --out {out}",
+        "benchmarks/memory.py -a vit_base -b 256 --encode-chunk 0 128 --steps 2 --out {out}",
         60,
     ),
     "memory_resnet50": (

@@ -99,12 +99,11 @@ def test_the_file_tree_is_complete():
     [tree] = re.findall(r"^```\n(main_moco\.py.*?)^```$", read(ROOT / "README.md"), re.M | re.S)
     names, folder = set(), ""
     for line in tree.splitlines():
-        name = line.split()[0]
-        if name.endswith("/"):
-            folder = name
-        elif line.startswith(" "):
-            name = folder + name
-        names.add(name)
+        first = line.split()[0]
+        if not line.startswith(" "):
+            folder = first if first.endswith("/") else ""
+            names.add(first)
+        names |= {folder + name for name in re.findall(r"\w+\.py", line)}
     for name in names:
         assert (ROOT / name).exists(), name
     sources = [*ROOT.glob("*.py"), *ROOT.glob("moco/[!_]*.py"), *ROOT.glob("engine/[!_]*.py")]
