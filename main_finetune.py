@@ -14,6 +14,7 @@ Transfer; then the accuracy of what it left:
 import random
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -40,6 +41,8 @@ from engine.loader import BatchDataset, EpochBatchSampler, UnreadableImages, cre
 from engine.run import Run
 from moco import optimizer_step, scaled_lr
 from moco.distributed import rank, world_size
+
+INTERPOLATION = "bicubic"  # of the crops and of the images that are measured
 
 MAX_INITIAL_WEIGHT = 0.1  # largest fraction of the final average that may be initial weights
 
@@ -120,7 +123,7 @@ def main(args):
 def evaluate_saved(args, env):
     """Prints the accuracy of the classifier in --pretrained."""
     weights_key = "ema" if args.evaluate_ema else None
-    model, config, class_names = weights.create_classifier(args, weights_key)
+    model, config, class_names = weights.create_classifier(args, weights_key, INTERPOLATION)
     splits = cli.load_splits_from_args(args, config.pixel_format)
     require_labels(splits, args.data, train=False)
     splits, message = relabel(splits, class_names, args.pretrained)
@@ -137,6 +140,7 @@ def evaluate_saved(args, env):
 def finetune(args, env):
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     model, config = weights.create_pretrained_backbone(args, args.drop_path)
+    config = replace(config, interpolation=INTERPOLATION)
     run = Run(args, env, cli.downstream_folder(args, config.arch, "finetune"))
     splits = cli.load_splits_from_args(args, config.pixel_format)
     require_labels(splits, args.data)
@@ -298,7 +302,7 @@ def create_transform_from_args(args, size, pixel_format=RGB):
             scale=(args.crop_min, 1.0),
             color_jitter=0.0,
             auto_augment=None if args.aa == "none" else args.aa,
-            interpolation="bicubic",
+            interpolation=INTERPOLATION,
             mean=pixel_format.mean * repeats,
             std=pixel_format.std * repeats,
             re_prob=args.reprob,
@@ -324,10 +328,10 @@ def create_transform_without_policy(args, size, pixel_format):
             f"--aa {args.aa} is for RGB and gray, the images have {pixel_format.in_chans} "
             "channels: --aa none"
         )
-    bicubic = v2.InterpolationMode.BICUBIC
+    interpolation = v2.InterpolationMode(INTERPOLATION)
     return v2.Compose(
         [
-            v2.RandomResizedCrop(size, (args.crop_min, 1.0), interpolation=bicubic),
+            v2.RandomResizedCrop(size, (args.crop_min, 1.0), interpolation=interpolation),
             v2.RandomHorizontalFlip(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(pixel_format.mean, pixel_format.std),
@@ -410,7 +414,7 @@ def evaluate(args, model, splits, config, env, unreadable):
         args.workers,
         env,
         unreadable,
-        interpolation="bicubic",
+        config.interpolation,
     )
     return accuracy
 

@@ -24,6 +24,7 @@ from engine.run import Run
 from moco import optimizer_step, scaled_lr, warmup_cosine_lr
 from moco.augmentation import normalize
 from moco.batchnorm import ViewBatchNorm, at_least_fp32
+from moco.distributed import all_gather
 
 
 def parse_args(argv=None):
@@ -133,6 +134,7 @@ def train(args, splits, backbone, config, env):
         loader,
         config,
         splits,
+        frozen=backbone,
         allow_divergence=len(args.lr) > 1,
         model=classifiers,
         optimizer=optimizer,
@@ -176,7 +178,9 @@ def train_one_epoch(ddp_classifiers, backbone, loader, optimizer, run):
         losses = classifier_losses(ddp_classifiers, h, labels)
         # The classifiers share no parameters: the sum trains each of them on its own loss.
         optimizer_step(losses.sum(), optimizer)
-        # The log has the lowest loss of the sweep; a diverged classifier never has it.
+        # The log has the lowest loss of the sweep, over the batch of all ranks; a diverged
+        # classifier never has it.
+        losses = all_gather(losses.detach()).mean(0)
         best_loss = losses.nan_to_num(nan=torch.inf, posinf=torch.inf).min()
         run.end_step(loss=best_loss, **logged_lrs)
 
@@ -222,9 +226,15 @@ def evaluate(args, splits, backbone, classifiers, config, env, unreadable):
             h = backbone(images)
         return classifiers(at_least_fp32(h))
 
-    num_classifiers = len(classifiers.linears)
     return evaluation.accuracy(
-        classify, num_classifiers, splits.val, config.img_size, args.workers, env, unreadable
+        classify,
+        len(classifiers.linears),
+        splits.val,
+        config.img_size,
+        args.workers,
+        env,
+        unreadable,
+        config.interpolation,
     )
 
 

@@ -100,7 +100,7 @@ def main(args):
     optimizer = create_optimizer(args.optimizer, model, args.lr, args.wd)
     scaler = env.grad_scaler()
     if args.init_from and not run.resuming:
-        message = weights.initialize_moco(model, args.init_from, args.arch)
+        message = weights.initialize_moco(model, args, config.pixel_format)
         if message:
             launch.print_rank0(f"init    {message}")
     run.restore(loader, config, splits, model=model, optimizer=optimizer, scaler=scaler)

@@ -36,6 +36,7 @@ class BackboneConfig:
     """What a checkpoint states so that its backbone can be created again.
 
     img_size, patch_size: (height, width) in pixels; patch_size None: the arch's own.
+    interpolation: of the images that are measured, when they are resized.
     """
 
     arch: str
@@ -45,6 +46,7 @@ class BackboneConfig:
     pos_embed: str = "sincos"
     pool: str = "token"
     pixel_format: PixelFormat = field(default_factory=PixelFormat)
+    interpolation: str = "bilinear"
 
     @classmethod
     def from_args(cls, args, checkpoint=None):
@@ -97,6 +99,7 @@ class BackboneConfig:
             mean=self.pixel_format.mean,
             std=self.pixel_format.std,
             max_value=self.pixel_format.max_value,
+            interpolation=self.interpolation,
         )
 
 

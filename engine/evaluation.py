@@ -164,7 +164,12 @@ class FeatureMonitor:
         if knn_splits.val is not None:
             self.knn = KNN(knn_splits, img_size, bank_size, workers, env)
         self.dataset, self.settings = splits.train, (img_size, workers, env)
-        self.shares_bank = self.knn is not None and splits.train is knn_splits.train_labelled
+        num_images = min(len(splits.train), RANKME_IMAGES)
+        self.shares_bank = (
+            self.knn is not None
+            and splits.train is knn_splits.train_labelled
+            and len(self.knn.bank_indices) >= num_images
+        )
 
     @torch.no_grad()
     def __call__(self, encoder, unreadable=None):

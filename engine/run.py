@@ -23,10 +23,11 @@ from engine.loader import UnreadableImages, stop_workers, unpack_batches
 from engine.log import MetricLogger
 from engine.signals import Interrupted, catch_signals, pending_exit_code
 from engine.spikes import SpikeDetector
-from engine.weights import load_model, num_heads
+from engine.weights import load_model, num_heads, weights_digest
 from moco.distributed import is_main, world_size
 
 LOCK = "run.lock"
+KNN_FLAGS = ("val", "knn_data", "knn_bank")
 PLOT_SECONDS = 60  # between two drawings of curves.png
 MIN_LOSS_SCALE = 2.0**-10  # fp16 whose gradients overflow even at this scale won't recover
 
@@ -51,12 +52,20 @@ class Run:
         self.resuming = bool(self.candidates)
 
     def restore(
-        self, loader, config, splits, same_world_size=False, allow_divergence=False, **stateful
+        self,
+        loader,
+        config,
+        splits,
+        frozen=None,
+        same_world_size=False,
+        allow_divergence=False,
+        **stateful,
     ):
         """Registers what a checkpoint holds: `model` and whatever else has a state_dict, or None.
 
         When resuming, loads it, and sets epoch and step. config: BackboneConfig. splits: the
-        origin of the loader's images. same_world_size: the number of processes changes the result.
+        origin of the loader's images. frozen: a module that the result depends on and no checkpoint
+        holds. same_world_size: the number of processes changes the result.
         allow_divergence: weights may become non-finite, for one of several classifiers may fail.
         UserError if the arguments, the data or the classes are not those of the run.
         """
@@ -79,6 +88,7 @@ class Run:
             class_names=splits.class_names,
             data_digest=digest,
             val_digest=None,
+            frozen_digest=None if frozen is None else weights_digest(frozen),
             world_size=world_size(),
             device=str(self.env.device),
             precision=self.env.precision(),
@@ -124,6 +134,8 @@ class Run:
                 if name != "spikes" or name in state:  # older checkpoints have none
                     _load_state(part, state[name])
             self.epoch, self.step = state["epoch"], self._find_step(path, state)
+            if any(state["args"].get(n) != getattr(self.args, n, None) for n in KNN_FLAGS):
+                self.spikes.best_knn = 0.0  # another measurement
             self.logger.step = self.step
         # What missing, mistyped or mis-shaped entries can raise.
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -136,6 +148,12 @@ class Run:
         """UserError if what changes the mathematics is not as in the checkpoint."""
         self._check_classes(path, state.get("class_names"))
         old_args, defaults = state["args"], getattr(self.args, "defaults", {})
+        optimizer, old_optimizer = getattr(self.args, "optimizer", None), old_args.get("optimizer")
+        if old_optimizer not in (None, optimizer):
+            raise UserError(
+                f"{path} holds the state of {old_optimizer}, which --optimizer {optimizer} can't "
+                f"continue: start another run with --init-from {path}"
+            )
         changes = []
         for name, value in vars(self.args).items():
             old = old_args.get(name, defaults.get(name))
@@ -150,6 +168,8 @@ class Run:
                 f"{state.get('world_size')} → {world_size()} processes, each of which draws its "
                 "own random numbers"
             )
+        if state.get("frozen_digest") not in (None, self.metadata["frozen_digest"]):
+            changes.append(f"other weights in {self.args.pretrained}")
         if changes and not self.args.allow_changed_args:
             raise UserError(
                 f"{path} was trained with other arguments: {', '.join(changes)}; "
@@ -166,9 +186,10 @@ class Run:
                 "were ordered by value then, as text now: train the classifier again"
             )
         if known not in (None, self.class_names):
+            names = _first_few(self.class_names) if self.class_names else "have no classes"
             raise UserError(
                 f"{path} was trained on other classes, or the same in another order: it has "
-                f"{_first_few(known)}, the images {_first_few(self.class_names or [])}"
+                f"{_first_few(known)}, the images {names}"
             )
 
     def _find_step(self, path, state):
@@ -459,15 +480,19 @@ def find_checkpoints(args, folder):
     existing = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
     # The hosts count for themselves: one that was replaced begins at 0.
     num_restarts = all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    path = None if args.resume in (None, "auto") else Path(args.resume)
+    resumes_here = path is not None and path.resolve().parent == folder.resolve()
+    kept = sorted(file.name for file in folder.glob("*.pth"))
+    if kept and not existing and not resumes_here:  # best.pth, say, of a run that was cleared
+        raise UserError(f"{folder} holds {_first_few(kept)} of a run: --output-dir starts another")
     if args.resume == "auto" or (num_restarts > 0 and existing):
         return existing
-    resumes_here = args.resume and Path(args.resume).resolve().parent == folder.resolve()
     if existing and not resumes_here:
         raise UserError(
             f"{folder} holds a run: --resume auto continues it, --output-dir starts another"
         )
-    if args.resume and not Path(args.resume).is_file():
-        raise UserError(f"no checkpoint at {args.resume}")
+    if path is not None and not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
     return [args.resume] if args.resume else []
 
 

@@ -3,13 +3,16 @@
 The second half, read_weights, reads what we and other projects have written, for all scripts.
 """
 
+import hashlib
 import inspect
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import timm
 import torch
 from PIL import Image
@@ -47,14 +50,17 @@ def load_moco(model, checkpoint, path):
     load_state_dict_strict(model, state, checkpoint, path)
 
 
-def initialize_moco(model, path, arch):
-    """Starts a MoCo of `-a` arch from the weights in `path` → a line on what stays random, or None.
+def initialize_moco(model, args, pixel_format):
+    """Starts a MoCo from the weights in --init-from → a line on what stays random, or None.
 
     Takes all of a pre-training checkpoint. Where the heads are missing or of other widths, its
-    backbone starts both encoders.
+    backbone starts both encoders. UserError if it is used to another pixel_format, and no flag
+    chooses this one.
     """
+    path = args.init_from
     # Of a ViT-S, -a vit_small tells what the user wants, not how many heads the file's has.
-    weights = read_weights(path, arch=arch if arch.startswith("timm/") else None)
+    weights = read_weights(path, arch=args.arch if args.arch.startswith("timm/") else None)
+    _check_pixel_format(args, weights.config, pixel_format)
     encoders, name = ("base_encoder", "momentum_encoder"), model.base_encoder.classifier_name
     prefixes = ("predictor.", *(f"{encoder}.{name}." for encoder in encoders))
     own_heads = {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}
@@ -69,6 +75,20 @@ def initialize_moco(model, path, arch):
         return None
     reason = "are of other widths there" if heads else "are not in it"
     return f"{path} ({weights}) in both encoders; the heads {reason} and start at random"
+
+
+def _check_pixel_format(args, stated, pixel_format):
+    missing = []
+    for name in ("mean", "std", "max_value"):
+        value, own = stated.get(name), getattr(pixel_format, name)
+        if value is not None and getattr(args, name) is None and value != own:
+            values = value if isinstance(value, tuple | list) else (value,)
+            missing.append(" ".join([f"--{name.replace('_', '-')}", *(f"{v:g}" for v in values)]))
+    if missing:
+        raise UserError(
+            f"the weights in {args.init_from} are used to {' '.join(missing)}: add these flags, or "
+            "others for your images"
+        )
 
 
 def load_model(model, checkpoint, path):
@@ -129,14 +149,19 @@ class EvalTransform:
         return normalize(self.crops.crop(image)[None].float() / 255, mean, std)[0]
 
 
-def create_classifier(args, weights_key=None):
+def create_classifier(args, weights_key=None, interpolation="bilinear"):
     """The backbone and classifier in --pretrained → model, its config, class names or None.
 
-    weights_key: "ema" for the moving average that fine-tuning left.
+    weights_key: "ema" for the moving average that fine-tuning left; None for what it measured.
+    interpolation: where the file does not state it.
     """
     path = args.pretrained
     weights = read_weights(path, arch=args.arch, weights_key=weights_key)
-    config = BackboneConfig.from_args(args, weights.config)
+    if weights_key is None and weights.config["evaluate_ema"]:
+        weights = read_weights(path, arch=args.arch, weights_key="ema")
+        print_rank0(f"weights {path}: the moving average, which its run measured")
+    interpolation = weights.config.get("interpolation", interpolation)
+    config = replace(BackboneConfig.from_args(args, weights.config), interpolation=interpolation)
     model = config.create_backbone()
     classifier = {f"{model.classifier_name}.{name}" for name in ("weight", "bias")}
     if weights.heads.keys() != classifier:
@@ -194,6 +219,14 @@ def num_heads(model):
     """Attention heads of a backbone, in its first block, or of a MoCo's; None without attention."""
     modules = getattr(model, "base_encoder", model).modules()
     return next((m.num_heads for m in modules if hasattr(m, "num_heads")), None)
+
+
+def weights_digest(model):
+    """16 hex digits that tell these weights from others."""
+    hasher = hashlib.sha256()
+    for value in model.state_dict().values():
+        hasher.update(np.ascontiguousarray(value.cpu().numpy()).tobytes())
+    return hasher.hexdigest()[:16]
 
 
 def _resample_pos_embed(pos_embed, backbone, checkpoint):
@@ -269,8 +302,8 @@ class Weights(NamedTuple):
     kind: one of the four above. backbone: tensors by name, without the classifier. heads: all other
     tensors, by their names in the file: a classifier, or projectors, predictor and momentum
     encoder, or a decoder. config: what the file states or its shapes tell, by the keys of our
-    checkpoints: arch, img_size, patch_size, small_stem, in_chans, num_heads (None: not known), and
-    where the file has them mean, std, max_value, class_names.
+    checkpoints: arch, img_size, patch_size, small_stem, in_chans, num_heads (None: not known),
+    evaluate_ema, and where the file has them mean, std, max_value, interpolation, class_names.
     """
 
     path: str
@@ -377,6 +410,8 @@ def _read_timm_config(config, path):
     stated["in_chans"] = options.get("in_chans") or in_chans
     stated["img_size"] = to_pair(options.get("img_size") or size)
     stated["patch_size"] = to_pair(options["patch_size"]) if options.get("patch_size") else None
+    if config.get("max_value"):
+        stated["max_value"] = config["max_value"]
     if isinstance(config.get("label_names"), list):
         stated["class_names"] = config["label_names"]
     arch = config["architecture"]
@@ -435,6 +470,7 @@ def _find_config(path, kind, content, encoder, num_heads, arch):
     keys = (*BackboneConfig(arch).to_dict(), "class_names")
     return {key: content[key] for key in keys if content.get(key)} | dict(
         arch=arch,
+        evaluate_ema=bool((content.get("args") or {}).get("evaluate_ema")),
         img_size=to_pair(img_size or 224),
         patch_size=to_pair(patch_size) if patch_size else None,
         small_stem=arch in RESNETS and stem[2:] == (3, 3),

@@ -160,7 +160,7 @@ def test_a_hugging_face_dataset(script, tmp_path):
         return datasets.Dataset.from_dict({"img": images, "label": labels}, features=kind)
 
     datasets.disable_progress_bars()
-    datasets.DatasetDict(train=records(32), test=records(8)).save_to_disk(tmp_path / "set")
+    datasets.DatasetDict(train=records(32), test=records(8)).save_to_disk(str(tmp_path / "set"))
     where, run = f"hf:{tmp_path}/set", tmp_path / "run"
     code, out, err = script("main_moco.py", where, *STEPS, "--knn-every", 1, "--output-dir", run)
     assert (code, err) == (0, "") and "32 images to train on, 8 to validate" in out
@@ -232,7 +232,7 @@ def test_accuracy_is_the_same_whatever_the_form_of_the_data(evaluate, colors, tm
     labels = [c for c in range(12) for _ in range(2)]
     part = datasets.Dataset.from_dict({"image": paths, "label": labels}, features=features)
     datasets.disable_progress_bars()
-    datasets.DatasetDict(test=part).save_to_disk(tmp_path / "set")
+    datasets.DatasetDict(test=part).save_to_disk(str(tmp_path / "set"))
     columns = ["--hf-columns", "image", "label"]
     assert evaluate(f"hf:{tmp_path}/set", classifier, *columns)[0] == expected
 

@@ -45,8 +45,10 @@ def test_a_benchmark_runs(name):
 @pytest.fixture
 def side(monkeypatch):
     """Makes a Side in float64: in fp32 a ReLU that rounding switches moves losses by 1e-4."""
-    augment = main_moco.augment
-    monkeypatch.setattr(main_moco, "augment", lambda *args: augment(*args).double())
+    make_views = main_moco.make_views
+    monkeypatch.setattr(
+        main_moco, "make_views", lambda *args: [x.double() for x in make_views(*args)]
+    )
 
     def make(arch="vit_nano", optimizer="adamw", **levers):
         side = create_side(Env(CPU), arch, optimizer, **levers)

@@ -495,7 +495,7 @@ def saved_set(folder, kind=None, **columns):
     datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
     datasets.disable_progress_bars()
     features = kind and datasets.Features(kind(datasets))
-    datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder)
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(folder))
     return f"hf:{folder}"
 
 
@@ -579,7 +579,7 @@ def test_the_one_split_of_a_test_set_can_be_evaluated(image_file, tmp_path):
         {"image": [image], "label": [1]}, features=datasets.Features(features)
     )
     datasets.disable_progress_bars()
-    datasets.DatasetDict(test=part, extra=part).save_to_disk(tmp_path / "set")
+    datasets.DatasetDict(test=part, extra=part).save_to_disk(str(tmp_path / "set"))
     where = f"hf:{tmp_path}/set"
     with pytest.raises(UserError, match="has no train, but test extra: choose by --hf-splits"):
         load_splits(where)

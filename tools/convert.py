@@ -166,7 +166,7 @@ def write_timm(folder, state, config, model):
             num_classes=num_classes,
             input_size=(in_chans, *img_size),
             fixed_input_size=timm_model.pretrained_cfg.get("fixed_input_size", False),
-            interpolation="bilinear",
+            interpolation=config.get("interpolation", "bilinear"),
             crop_pct=0.875,
             mean=config.get("mean", IMAGENET_MEAN),
             std=config.get("std", IMAGENET_STD),
@@ -174,6 +174,8 @@ def write_timm(folder, state, config, model):
             classifier=model.classifier_name,
         ),
     )
+    if config.get("max_value"):  # timm knows no files of more than 8 bits, we read it back
+        timm_config["max_value"] = config["max_value"]
     if "class_names" in config:
         timm_config["label_names"] = config["class_names"]
     folder.mkdir()

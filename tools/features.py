@@ -16,7 +16,6 @@ After an interruption the same command continues, on any number of processes; un
 computed, the parts lie in FILE.npz.parts/.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -36,7 +35,7 @@ from engine.datasets import NAMED_SETS, HuggingFaceDataset, ImageFileDataset, da
 from engine.errors import UserError
 from engine.evaluation import EVAL_BATCH_SIZE, embed
 from engine.launch import print_rank0
-from engine.weights import create_pretrained_backbone
+from engine.weights import create_pretrained_backbone, weights_digest
 from moco.distributed import is_main, rank, world_size
 
 
@@ -188,14 +187,6 @@ def dataset_id(dataset, path):
     if isinstance(dataset, HuggingFaceDataset):
         return f"{dataset.split_name} {dataset.column}"
     return path if path in NAMED_SETS else str(Path(path).resolve())
-
-
-def weights_digest(model):
-    """16 hex digits that tell these weights from others."""
-    hasher = hashlib.sha256()
-    for value in model.state_dict().values():
-        hasher.update(np.ascontiguousarray(value.cpu().numpy()).tobytes())
-    return hasher.hexdigest()[:16]
 
 
 def check_same_inputs(path, read_metadata, metadata):
