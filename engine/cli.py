@@ -44,11 +44,17 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **kwargs,
         )
+        self.recipe_words = []
 
     def convert_arg_line_to_args(self, line):
         if "\0" in line:  # UTF-16, perhaps
             raise ValueError("it is not a text file")
-        return shlex.split(re.sub(r"(^|\s)#.*", "", line))
+        words = shlex.split(re.sub(r"(^|\s)#.*", "", line))
+        self.recipe_words += words
+        return words
+
+    def is_from_recipe(self, word):
+        return any(word is recipe_word for recipe_word in self.recipe_words)  # not merely equal
 
     def parse_args(self, argv=None, namespace=None):
         argv = sys.argv[1:] if argv is None else argv
@@ -61,8 +67,10 @@ class Parser(argparse.ArgumentParser):
             self.error(f"can't read the recipe: {error}")
         except RecursionError:
             self.error("can't read the recipe: it names itself")
-        if len(extra) == 1 and not extra[0].startswith("-") and args.data not in argv:
-            args.data, extra = extra[0], []
+        if len(extra) == 1 and not extra[0].startswith("-"):  # a second DIR
+            is_from_recipe = self.is_from_recipe(extra[0])
+            if is_from_recipe != self.is_from_recipe(args.data):
+                args.data, extra = args.data if is_from_recipe else extra[0], []
         if extra:
             self.error(f"unrecognized arguments: {' '.join(extra)}")
         for name, value in vars(args).items():
@@ -222,11 +230,15 @@ def output_folder(args, default):
     UserError if it is among the images: the run's pictures would be taken for some.
     """
     folder = Path(args.output_dir or f"runs/{default}")
-    for data in (args.data, args.val, getattr(args, "knn_data", None)):
-        places = image_folders(data) if data else []
-        if any(folder.resolve().is_relative_to(place.resolve()) for place in places):
-            raise UserError(f"--output-dir {folder} is among the images of {data}: move it")
+    check_not_among_images("--output-dir", folder, args)
     return folder
+
+
+def check_not_among_images(flag, path, args):
+    for data in (args.data, getattr(args, "val", None), getattr(args, "knn_data", None)):
+        places = image_folders(data) if data else []
+        if any(path.resolve().is_relative_to(place.resolve()) for place in places):
+            raise UserError(f"{flag} {path} is among the images of {data}: move it")
 
 
 def downstream_folder(args, arch, job):

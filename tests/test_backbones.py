@@ -115,9 +115,7 @@ REFUSED = {
     "levit_128s": "several classifiers",
     "crossvit_tiny_240": "several classifiers",
 }
-# timm 1.0.3 can't give the features before the classifier, or removes the pooling with it.
-OLD_REFUSED = {"densenet121", "efficientvit_b0", "efficientvit_m0", "ghostnet_050", "hgnetv2_b0",
-               "repghostnet_050", "tiny_vit_5m_224"}  # fmt: skip
+OLD_REFUSED = {"efficientvit_m0"}  # timm 1.0.21 can't build it for an image size
 
 
 QUICK_FAMILIES = (

@@ -147,7 +147,18 @@ def test_dir_on_the_command_line_replaces_a_recipes(tmp_path):
     recipe.write_text("digits --img-size 16 16\n--seed 1")
     args = parser().parse_args([f"@{recipe}", "--seed", "2", "/my/images"])
     assert (args.data, args.seed) == ("/my/images", 2)
-    for argv in (["digits", "/my/images"], [f"@{recipe}", "a", "b"], [f"@{recipe}", "--what", "a"]):
+    for argv in (
+        ["/my/images", f"@{recipe}"],
+        [f"@{recipe}", "/my/images", "--output-dir", "digits"],
+    ):
+        assert parser().parse_args(argv).data == "/my/images"
+    assert parser().parse_args(["digits", f"@{recipe}"]).data == "digits"
+    for argv in (
+        ["digits", "/my/images"],
+        [f"@{recipe}", f"@{recipe}"],
+        [f"@{recipe}", "a", "b"],
+        [f"@{recipe}", "--what", "a"],
+    ):
         with pytest.raises(UserError, match="unrecognized arguments"):
             parser().parse_args(argv)
 

@@ -13,6 +13,7 @@ from timm.data import create_transform
 import main_finetune
 from engine import checkpoint
 from engine.datasets import load_splits
+from engine.loader import CenterCrops
 from engine.log import read_log
 
 TINY = (
@@ -48,6 +49,39 @@ def test_it_leaves_last_and_best(script, tmp_path, pretrained):
     code, averaged, _ = script("main_finetune.py", *argv, tmp_path / "checkpoint.pth",
                                "--evaluate-ema")  # fmt: skip
     assert code == 0 and averaged != out
+
+
+def test_best_is_measured_as_its_run_did(script, tmp_path, pretrained):
+    finetune(script, tmp_path, "--pretrained", pretrained, "--evaluate-ema")
+    best = checkpoint.load(tmp_path / "best.pth")["best_acc1"]
+    argv = ["digits", "--device", "cpu", "--amp", "off", "--workers", 0, "--evaluate"]
+    for name in ("main_finetune.py", "main_lincls.py"):
+        code, out, err = script(name, *argv, "--pretrained", tmp_path / "best.pth")
+        assert code == 0 and f"top-1 {best:.2f} %" in out, (name, out, err)
+        assert "best.pth: the moving average, which its run measured" in out
+
+
+def test_both_scripts_measure_a_classifier_alike(script, tmp_path, pretrained, monkeypatch):
+    finetune(script, tmp_path / "tuned", "--pretrained", pretrained)
+    argv = "digits -b 256 --epochs 1 --workers 0 --device cpu --amp off --output-dir".split()
+    argv += [tmp_path / "probe", "--pretrained", pretrained]
+    assert script("main_lincls.py", *argv)[0] == 0
+    seen, crop = [], CenterCrops.__init__
+
+    def spy(self, dataset, size, interpolation="bilinear"):
+        seen.append(interpolation)
+        crop(self, dataset, size, interpolation)
+
+    monkeypatch.setattr(CenterCrops, "__init__", spy)
+    for path, used in (("tuned/best.pth", "bicubic"), ("probe/linear_lr0.1.pth", "bilinear")):
+        lines = []
+        for name in ("main_finetune.py", "main_lincls.py"):
+            argv = ["digits", "--device", "cpu", "--amp", "off", "--evaluate"]
+            code, out, err = script(name, *argv, "--pretrained", tmp_path / path)
+            assert code == 0, err
+            lines.append(out)
+        assert lines[0] == lines[1] and set(seen) == {used}, path
+        seen.clear()
 
 
 @pytest.mark.parametrize("lr_per", ["epoch", pytest.param("iteration", marks=pytest.mark.slow)])

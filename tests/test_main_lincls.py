@@ -104,6 +104,32 @@ def test_interrupted_and_resumed_equals_uninterrupted(script, tmp_path, pretrain
     assert "linear  top-1" in probe(script, broken, *argv, "--resume", "auto")  # nothing left to do
 
 
+def test_a_probe_of_other_weights_is_not_resumed(script, tmp_path, pretrained):
+    path, run = tmp_path / "pretrained.pth", tmp_path / "probe"
+    state = checkpoint.load(pretrained)
+    torch.save(state, path)
+    with interrupted_after_saving():
+        code, *_ = script("main_lincls.py", *TINY, "--output-dir", run, "--pretrained", path)
+    assert code == 130
+    state["state_dict"]["module.base_encoder.cls_token"] += 1
+    torch.save(state, path)  # the run that is probed has gone on
+    argv = [*TINY, "--output-dir", run, "--pretrained", path, "--resume", "auto"]
+    code, _, err = script("main_lincls.py", *argv)
+    assert (code, err.count("\n")) == (2, 1) and f"other weights in {path}" in err
+    assert "other weights" in probe(script, run, *argv[len(TINY) + 2 :], "--allow-changed-args")
+
+
+def test_the_loss_is_the_same_on_any_number_of_processes(tmp_path, pretrained):
+    losses = []
+    for size in (1, 2):
+        argv = [*TINY, "--epochs", 1, "--pretrained", pretrained, "--lr", 0.1, 1, "--batchnorm"]
+        done = launch(size, "main_lincls.py", *argv, "--output-dir", tmp_path / str(size))
+        assert done.returncode == 0, done.stderr
+        lines = read_log(tmp_path / str(size) / "log.jsonl")
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_accuracy_is_the_same_on_any_number_of_processes(script, tmp_path, pretrained):
     probe(script, tmp_path, "--pretrained", pretrained, "--lr", 3)

@@ -86,6 +86,17 @@ def test_chunks_change_nothing(script, tmp_path, few_digits, amp):
     assert chunked == pytest.approx(whole, rel=1e-5 if amp == "off" else 1e-2)
 
 
+def test_the_bank_of_knn_changes_knn_alone(script, tmp_path):
+    argv = (*TINY, "--lr", 0, "--moco-m", 1, "--output-dir", tmp_path, "--save-every", 1)
+    assert script("main_moco.py", *argv, "--epochs", 1)[0] == 0
+    flags = ("--epochs", 2, "--resume", "auto", "--allow-changed-args", "--knn-bank", 20)
+    code, out, err = script("main_moco.py", *argv, *flags)
+    assert code == 0 and "dips" not in out, out + err
+    lines = [line for line in read_log(tmp_path / "log.jsonl") if "knn" in line]
+    assert lines[-1]["knn"] < lines[-2]["knn"] - 5
+    assert lines[-1]["rankme"] == pytest.approx(lines[-2]["rankme"], rel=1e-3)
+
+
 def test_init_from_takes_the_weights_alone(script, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert script("main_moco.py", *TINY, "--epochs", 1, "--output-dir", first)[0] == 0

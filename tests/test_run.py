@@ -56,6 +56,30 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(script, tmp_
     assert script("main_moco.py", *TINY, *argv)[0] == 0
 
 
+def test_what_is_kept_of_a_cleared_run_is_not_overwritten(script, tmp_path):
+    argv = (*TINY, "--epochs", 1, "--knn-every", 0, "--save-every", 1, "--output-dir", tmp_path)
+    assert script("main_moco.py", *argv)[0] == 0
+    (tmp_path / checkpoint.LAST).unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for flags in ((), ("--resume", "auto")):
+        code, _, err = script("main_moco.py", *argv, *flags)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{tmp_path} holds checkpoint_0001.pth of a run: --output-dir starts" in err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    kept = ("--resume", tmp_path / "checkpoint_0001.pth")
+    code, out, err = script("main_moco.py", *argv, "--epochs", 2, *kept, "--allow-changed-args")
+    assert code == 0 and "resumed after step 5" in out, err
+
+
+def test_another_optimizer_does_not_resume(script, tmp_path):
+    argv = (*TINY, "--epochs", 1, "--knn-every", 0, "--output-dir", tmp_path)
+    assert script("main_moco.py", *argv)[0] == 0
+    argv += ("--resume", "auto", "--allow-changed-args", "--optimizer", "lars", "--epochs", 2)
+    code, _, err = script("main_moco.py", *argv)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds the state of adamw, which --optimizer lars can't continue" in err
+
+
 def test_a_folder_that_a_refused_run_made_is_removed(script, tmp_path):
     run = tmp_path / "run"
     assert script("main_moco.py", *TINY, "-b", 5000, "--output-dir", run)[0] == 2

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from timm.layers import resample_abs_pos_embed
 
 from engine import checkpoint, load_backbone, weights
 from engine.backbones import create_backbone
+from engine.decode import RGB
 from engine.errors import UserError
 from moco import MoCo
 
@@ -354,17 +356,38 @@ def test_a_run_that_started_from_learned_positions_resumes_with_them(script, tmp
     assert torch.equal(state["momentum_encoder.pos_embed"], model.pos_embed)
 
 
+def start(model, path, arch):
+    args = SimpleNamespace(init_from=path, arch=arch, mean=None, std=None, max_value=None)
+    return weights.initialize_moco(model, args, RGB)
+
+
 @pytest.mark.slow
 def test_init_from_a_vit_small_needs_its_heads(tmp_path):
     path = plain_vit_small(tmp_path)
     model = MoCo(create_backbone("vit_small"), dim=8, mlp_dim=8)
     with pytest.raises(UserError, match="for --init-from, tools/convert"):
-        weights.initialize_moco(model, path, "vit_small")
+        start(model, path, "vit_small")
     six = MoCo(create_backbone(SIX_HEADS), dim=8, mlp_dim=8)
-    assert SIX_HEADS in weights.initialize_moco(six, path, SIX_HEADS)
+    assert SIX_HEADS in start(six, path, SIX_HEADS)
     twelve = saved(tmp_path, pretraining("vit_small", dim=8, mlp=8), "official.pth")
     with pytest.raises(UserError, match="trained with 12 heads, this model has 6"):
-        weights.initialize_moco(six, twelve, SIX_HEADS)
+        start(six, twelve, SIX_HEADS)
+
+
+def test_init_from_asks_for_the_pixels_that_the_weights_are_used_to(script, tmp_path):
+    run = [*TINY, "--in-chans", 1, "--epochs", 1, "--warmup-epochs", 0, "--knn-every", 0]
+    pixels, path = ["--mean", 0.25, "--std", 0.5], tmp_path / "first" / checkpoint.LAST
+    code, _, err = script("main_moco.py", *run, *pixels, "--output-dir", path.parent)
+    assert code == 0, err
+    torch.save(checkpoint.load(path) | dict(max_value=4095.0), path)
+    run += ["--output-dir", tmp_path / "second", "--init-from", path]
+    code, _, err = script("main_moco.py", *run, "--mean", 0.3)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "used to --std 0.5 --max-value 4095: add these flags, or others" in err
+    assert not (tmp_path / "second").exists()
+    torch.save(checkpoint.load(path) | dict(max_value=None), path)
+    code, _, err = script("main_moco.py", *run, *pixels)
+    assert code == 0, err
 
 
 # From Python.

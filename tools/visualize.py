@@ -73,6 +73,8 @@ def main(args):
     if "RANK" in os.environ:
         raise UserError("a picture is drawn by one process: python in place of torchrun")
     check_writable(args.out)
+    if args.picture != "curves":
+        cli.check_not_among_images("--out", args.out, args)
     draw = {"attention": attention, "neighbours": neighbours, "curves": curves}[args.picture]
     with rc_context({"text.parse_math": False}):  # names may contain $, which begins a formula
         draw(args)
