@@ -103,8 +103,7 @@ def print_knn(args, splits, backbone, config, env):
     k_values = [k for k in (10, 20, 100, 200) if k <= len(knn.bank_indices)] or [knn.k]
     unreadable = UnreadableImages(args.max_bad_images, len(splits.train_labelled))
     for k, accuracy in zip(k_values, knn(backbone, unreadable, k_values)):
-        bank = f"{len(knn.bank_indices):,}"
-        launch.print_rank0(f"kNN     {accuracy:.2f} % with k {k}, bank {bank}")
+        launch.print_rank0(f"kNN     {accuracy:.2f} % with k {k}, bank {knn.num_read:,}")
 
 
 def evaluate_saved(args, splits, backbone, classifier, class_names, config, env):

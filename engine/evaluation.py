@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from engine.datasets import ArrayDataset, evenly_spaced
+from engine.errors import UserError
 from engine.launch import all_reduce_sum
 from engine.loader import CenterCrops, UnreadableImages, create_loader, unpack_batches
 from engine.signals import check_signals
@@ -110,7 +111,7 @@ class KNN:
 
     The bank: at most bank_size labelled training images (None: all), evenly spaced, un-augmented.
     k: 200 for a bank of 10,000 and more, else 20. Unreadable images are left out of the bank, and
-    count as wrong among the held-out images.
+    count as wrong among the held-out images. num_read: images of the bank in the last measurement.
     """
 
     def __init__(self, splits, img_size, bank_size, workers, env):
@@ -137,6 +138,9 @@ class KNN:
         labels = self.splits.train_labelled.labels[self.bank_indices].to(self.env.device)
         if not is_read.all():
             bank, labels = bank[is_read], labels[is_read]
+        if len(bank) == 0:
+            raise UserError("kNN has no image to search: none of its bank could be read")
+        self.num_read = len(bank)
         bank = l2_normalize(bank)
         k_values = [min(k, len(bank)) for k in k_values or [self.k]]
 

@@ -258,6 +258,8 @@ def test_knn_searches_what_can_be_read_and_counts_every_image():
     smaller = ArrayDataset(numbered(200).images[rest], rest)
     assert measure(smaller, val) == (accuracy, {})
     assert measure(numbered(200), numbered(200, broken))[0] == 100 - len(broken) / 2
+    with pytest.raises(UserError, match="kNN has no image to search"):
+        measure(numbered(200, range(200)), val)
 
 
 def test_an_image_that_cannot_be_read_is_not_recognised():
