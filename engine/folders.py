@@ -15,6 +15,7 @@ from engine.datasets import NAMED_SETS, ImageFileDataset, LabelError, Labelled, 
 from engine.errors import UserError, printable
 from moco.distributed import is_main
 
+OUTSIDE = "outside"  # of train/ and val/: a key of the Counters of what is ignored
 NO_TRAIN = "train/ above them: all are taken, without labels"
 
 
@@ -101,16 +102,20 @@ def _lists_remark(places):
 
 
 def _ignored_remark(ignored):
-    """ignored: a Counter of the extensions of files that are not images."""
-    num_files = ignored.total()
+    """ignored: a Counter of OUTSIDE and the extensions of files that are not images."""
+    extensions, remarks = Counter(ignored), ()
+    num_outside = extensions.pop(OUTSIDE, 0)
+    if num_outside:
+        remarks += (f"images outside train/ and val/: {num_outside:,} ignored",)
+    num_files = extensions.total()
     if num_files == 0:
-        return ()
-    counts = sorted((-n, kind or "none") for kind, n in ignored.items())
+        return remarks
+    counts = sorted((-n, kind or "none") for kind, n in extensions.items())
     kinds = ", ".join(f"{kind} {-n:,}" for n, kind in counts[:5])
     if len(counts) > 5:
         kinds += ", …"
     files = "file with another extension" if num_files == 1 else "files with other extensions"
-    return (f"{num_files:,} {files} ignored ({printable(kinds)})",)
+    return (f"{num_files:,} {files} ignored ({printable(kinds)})", *remarks)
 
 
 def _read_place(ignored, pixel_format, need, data_root, place, has_classes=True):
@@ -159,11 +164,15 @@ def _read_tars(place, tars, ignored, pixel_format, need, data_root):
         kind = "labels, neither .cls or .json nor class folders"
         folders = _folders_in_tars(dataset, paths)
         labels = [folder[0] if folder else "" for folder in folders]
-        if set(labels) == {"train", "val"}:
-            parts = {
-                part: [i for i, label in enumerate(labels) if label == part] for part in set(labels)
-            }
+        # Classes may be called train, too, but then there is neither a val nor a test.
+        if "train" in labels and not {"val", "test"}.isdisjoint(labels):
+            parts = {}
+            for part in ("train", "val"):
+                parts[part] = [i for i, label in enumerate(labels) if label == part]
+            ignored[OUTSIDE] += len(paths) - len(parts["train"]) - len(parts["val"])
             labels = [folder[1] if len(folder) > 1 else "" for folder in folders]
+            if need in ("train", "images") or not parts["val"]:
+                del parts["val"]
     for part, indices in parts.items():
         label_names = [labels[i] for i in indices]
         missing = [paths[i] for i in indices if not labels[i]]
@@ -190,9 +199,11 @@ def _folders_in_tars(dataset, paths):
     for path, number in zip(paths, dataset.spans[:, 0].tolist()):
         inner = path if are_classes else path[len(tars[number]) + 1 :]
         folders.append([name.removesuffix(".tar") for name in inner.split("/")[:-1]])
-    tops = {folder[0] if len(folder) > 1 else "" for folder in folders}
-    if len(tops) == 1 and "" not in tops and not are_classes:  # `tar cf set.tar set` made it
-        folders = [folder[1:] for folder in folders]
+    tops = {folder[0] if folder else "" for folder in folders}
+    have_subfolders = all(len(folder) > 1 for folder in folders)
+    have_train = any(folder[1:2] == ["train"] for folder in folders)
+    if len(tops) == 1 and (have_subfolders or have_train) and not are_classes:
+        folders = [folder[1:] for folder in folders]  # `tar cf set.tar set` made it
     return folders
 
 

@@ -132,6 +132,29 @@ def test_an_archive_may_hold_train_and_val_or_be_one_of_them(load, tmp_path):
     assert load(image.parent.parent, need="train").class_names == ["c"]
 
 
+def test_an_archive_with_more_than_train_and_val_is_read_as_the_folder_is(load, tmp_path):
+    test = class_folders(2, "test/") | {"preview.jpg": jpeg(9)}
+    members = class_folders(3, "train/") | class_folders(1, "val/") | test
+    for prefix in ("", "set/"):
+        write(tmp_path / "set.tar", {f"{prefix}{name}": members[name] for name in members})
+        assert str(load(tmp_path / "set.tar")) == (
+            "6 images to train on, 2 to validate; images outside train/ and val/: 5 ignored"
+        )
+    for name in members:
+        write(tmp_path / "set" / name, members[name])
+    for need in ("both", "val", "train", "images"):
+        splits = load(tmp_path / "set.tar", need=need), load(tmp_path / "set", need=need)
+        for mine, expected in zip(splits[0][:3], splits[1][:3]):
+            assert (mine is None) == (expected is None)
+            assert mine is None or mine.labels.tolist() == expected.labels.tolist()
+    write(tmp_path / "set.tar", class_folders(3, "train/") | test)
+    splits = load(tmp_path / "set.tar")
+    assert len(splits.train) == 6 and splits.note == "no val/ in it"
+    # Of the classes of COCO one is called train.
+    write(tmp_path / "set.tar", class_folders(3, "", ["boat", "train"]))
+    assert load(tmp_path / "set.tar").class_names == ["boat", "train"]
+
+
 def test_archives_beside_images_are_ignored_as_before(load, tmp_path):
     write(tmp_path / "set" / "1.jpg", jpeg(1))
     write(tmp_path / "set" / "backup.tar", class_folders())
