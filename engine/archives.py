@@ -11,8 +11,10 @@ import json
 import os
 import re
 import tarfile
+from bisect import bisect_left
 from collections import Counter
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,9 @@ COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 HOW_TO_DECOMPRESS = (
     "is compressed, images can't be read from it: gunzip, bunzip2, unxz or unzstd it"
 )
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+MAX_LINKS = 40  # in a path, as on Linux
+LINKS = "links"  # a key, as extensions are, of the Counters of what is ignored
 
 # Files and folders that start with "." are hidden; these are what archivers, file servers and
 # operating systems leave beside the images.
@@ -36,6 +40,10 @@ IGNORED_NAMES = {"__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN"}
 
 def is_hidden(name):
     return name.startswith(".") or name in IGNORED_NAMES
+
+
+def _is_hidden_path(path):
+    return any(map(is_hidden, path.split("/")))
 
 
 class TarDataset(ImageFileDataset):
@@ -89,7 +97,7 @@ def index_tars(root, tars, extensions, data_root, bar):
     """The images in archives below `root` → paths, labels, tars, spans, ignored.
 
     They are kept in data_root until an archive changes. Labels are "" where there is none; tars and
-    spans are TarDataset's; ignored: a Counter of the extensions of other files.
+    spans are TarDataset's; ignored: a Counter of the extensions of other files, and of LINKS.
     """
     try:
         states = [(tar, os.stat(os.path.join(root, tar))) for tar in tars]
@@ -126,9 +134,10 @@ def _index_tar(path, extensions, ignored, bar):
             if file.read(6).startswith(COMPRESSED_MAGIC):
                 raise UserError(f"{path} {HOW_TO_DECOMPRESS}")
             members = {}
-            for name, span in _read_members(file, 0, os.path.getsize(path)):
-                members[name] = span
+            for name, place in _read_members(file, 0, os.path.getsize(path)):
+                members[name] = place
                 bar.update()
+            members = _follow_links(members, ignored)
             for name, span in members.items():
                 key, extension = re.fullmatch(r"((?:.*/)?[^./]*)(.*)", name, re.DOTALL).groups()
                 is_image, label = name.lower().endswith(extensions), ""
@@ -145,24 +154,87 @@ def _index_tar(path, extensions, ignored, bar):
 
 
 def _read_members(file, start, end):
-    """Yields name, (offset, size) of the files in an archive, nested ones included."""
+    """Yields name, (offset, size) of the files in an archive, nested ones included.
+
+    Of a link: name, the path in the archive that it leads to.
+    """
     file.seek(start)
     tar = tarfile.TarFile(fileobj=file)
     for member in iter(tar.next, None):
         tar.members.clear()  # a kilobyte each
         name, offset = os.path.normpath(member.name), member.offset_data
-        if offset + member.size > end:
-            raise tarfile.ReadError("it is cut short")
-        if member.isreg() and name.endswith(".tar"):
-            for inner, span in _read_members(file, offset, offset + member.size):
-                yield f"{name}/{inner}", span
-        elif member.isreg() and not any(map(is_hidden, name.split("/"))):
-            yield name, (offset, member.size)
+        if member.islnk():
+            yield name, os.path.normpath(member.linkname)
+        elif member.issym():
+            yield name, os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
+        elif member.issparse():
+            if not _is_hidden_path(name):
+                raise UserError(
+                    f"{file.name} was packed with tar -S, which leaves out the holes of {name}: "
+                    "pack it again without -S"
+                )
+        elif member.isreg():
+            if offset + member.size > end:
+                raise tarfile.ReadError("it is cut short")
+            if name.endswith(".tar") and not _is_hidden_path(name):
+                for inner, place in _read_members(file, offset, offset + member.size):
+                    yield f"{name}/{inner}", f"{name}/{place}" if isinstance(place, str) else place
+            else:
+                yield name, (offset, member.size)
     if tar.offset + tarfile.BLOCKSIZE > end:
         raise tarfile.ReadError("it is cut short")
     file.seek(tar.offset)
     if file.read(min(2**20, end - tar.offset)).strip(b"\0"):
         raise tarfile.ReadError(f"it is damaged, or several in one, at byte {tar.offset}")
+
+
+def _follow_links(members, ignored):
+    """A dict of what _read_members yields → name: (offset, size) of files that are not hidden.
+
+    A link becomes the file that it leads to, or the files in the folder. `ignored` counts the links
+    that lead to none.
+    """
+    files, names = {}, sorted(members)
+    for name, place in members.items():
+        if _is_hidden_path(name):
+            continue
+        if isinstance(place, tuple):
+            files[name] = place
+            continue
+        num_before = len(files)
+        for below, place in _files_at(name, members, names):
+            if not _is_hidden_path(name + below):
+                files[name + below] = place
+        if len(files) == num_before:
+            ignored[LINKS] += 1
+    return files
+
+
+def _files_at(path, members, names, seen=()):
+    """Yields /PATH in the folder, (offset, size) of its files; "", (offset, size) if it is a file.
+
+    names: the members, sorted. seen: the folders whose links led here.
+    """
+    path = _resolve(path, members)
+    if isinstance(members.get(path), tuple):
+        yield "", members[path]
+    elif path not in seen:
+        first = bisect_left(names, f"{path}/")
+        end = bisect_left(names, f"{path}0")  # the character after "/"
+        for name in names[first:end]:
+            for below, place in _files_at(name, members, names, (*seen, path)):
+                yield name[len(path) :] + below, place
+
+
+def _resolve(path, members):
+    """The path without links: what each leads to is in its place."""
+    for _ in range(MAX_LINKS):
+        parts = accumulate(path.split("/"), "{}/{}".format)
+        link = next((part for part in parts if isinstance(members.get(part), str)), None)
+        if link is None:
+            break
+        path = members[link] + path[len(link) :]
+    return path
 
 
 def _read_label(file, cls, json_fields):

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import features
 from tqdm import tqdm
 
-from engine.archives import COMPRESSED, HOW_TO_DECOMPRESS, TarDataset, index_tars, is_hidden
+from engine.archives import COMPRESSED, HOW_TO_DECOMPRESS, LINKS, TarDataset, index_tars, is_hidden
 from engine.datasets import NAMED_SETS, ImageFileDataset, LabelError, Labelled, make_splits
 from engine.errors import UserError, printable
 from moco.distributed import is_main
@@ -102,11 +102,16 @@ def _lists_remark(places):
 
 
 def _ignored_remark(ignored):
-    """ignored: a Counter of OUTSIDE and the extensions of files that are not images."""
+    """ignored: a Counter of LINKS, OUTSIDE, and the extensions of files that are not images."""
     extensions, remarks = Counter(ignored), ()
-    num_outside = extensions.pop(OUTSIDE, 0)
+    num_outside, num_links = extensions.pop(OUTSIDE, 0), extensions.pop(LINKS, 0)
     if num_outside:
         remarks += (f"images outside train/ and val/: {num_outside:,} ignored",)
+    if num_links:
+        remarks += (
+            f"links to nothing in the archive: {num_links:,} ignored (tar -h packs the files "
+            "themselves)",
+        )
     num_files = extensions.total()
     if num_files == 0:
         return remarks

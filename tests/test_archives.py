@@ -49,6 +49,29 @@ def write(path, content):
     return path
 
 
+def as_gnu_tar_stores_holes(content):
+    """In a header of its own. One without a list of parts is as good to test with."""
+    tar = bytearray(pack({"a/holes.jpg": content}))
+    tar[156:157] = tarfile.GNUTYPE_SPARSE
+    return _sum_again(tar)
+
+
+def as_posix_tar_stores_holes(content):
+    file, info = io.BytesIO(), tarfile.TarInfo("a/holes.jpg")
+    info.size = len(content)
+    holes = f"0,{len(content)}"
+    info.pax_headers = {"GNU.sparse.map": holes, "GNU.sparse.size": str(2 * len(content))}
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def _sum_again(tar):
+    tar[148:156] = b" " * 8
+    tar[148:156] = b"%06o\0 " % sum(tar[:512])
+    return bytes(tar)
+
+
 def class_folders(n=3, prefix="", classes="ab"):
     names = [f"{prefix}{label}/{i}.jpg" for label in classes for i in range(n)]
     return {name: jpeg(i) for i, name in enumerate(names)}
@@ -174,6 +197,71 @@ def test_numbered_shards_without_labels_are_no_classes(load, tmp_path):
         require_labels(load(tmp_path / "set", need="val"), "set", train=False)
 
 
+def linked_folders(root):
+    """train/ and val/ that are links for the most part, all to what is below root."""
+    write(root / ".objects" / "1", jpeg(1))
+    write(root / "all" / "cat" / "2.jpg", jpeg(2))
+    write(root / "all" / "._hidden" / "3.jpg", jpeg(3))
+    write(root / "train" / "dog" / "4.jpg", jpeg(4))
+    (root / "train" / "cat").symlink_to("../all/cat")
+    (root / "all" / "cat" / "1.jpg").symlink_to("../../.objects/1")
+    (root / "all" / "cat" / "more").symlink_to("../../train/dog")
+    os.link(root / "train" / "dog" / "4.jpg", root / "train" / "dog" / "5.jpg")
+    (root / "train" / "dog" / "6.jpg").symlink_to("5.jpg")
+    (root / "train" / "dog" / "7.jpg").symlink_to("../cat/2.jpg")  # through a link
+    (root / "val").symlink_to("train")
+    return root
+
+
+def test_links_in_an_archive_are_what_they_lead_to_as_in_a_folder(load, tmp_path):
+    root = linked_folders(tmp_path / "set")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(root, "set")
+    folder, archive = load(root), load(tmp_path / "set.tar")
+    assert folder.class_names == archive.class_names == ["cat", "dog"]
+    for name in ("train", "val"):
+        expected, actual = getattr(folder, name), getattr(archive, name)
+        prefix = f"set.tar/set/{name}/"
+        assert [actual.name(i).removeprefix(prefix) for i in range(len(actual))] == [
+            expected.name(i) for i in range(len(expected))
+        ]
+        assert len(actual) == 10 and actual.labels.tolist() == expected.labels.tolist()
+        for i in range(len(actual)):
+            assert torch.equal(actual.read(i), expected.read(i))
+
+
+def add_links(path, links):
+    with tarfile.open(path, "a") as tar:
+        for name, target in links.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            tar.addfile(info)
+
+
+def test_links_that_lead_out_of_an_archive_are_counted(load, tmp_path):
+    path = write(tmp_path / "set.tar", class_folders(2) | {"x.tar": pack(class_folders(1))})
+    outside = {"b/2.jpg": "/data/2.jpg", "c": "../c", "a/3.jpg": "3.jpg", "a/.4.jpg": "/data/4.jpg"}
+    add_links(path, outside | {"a/round": "../a", "b/1.jpg": "../a/1.jpg"})
+    for _ in range(2):  # the second time from the index
+        splits = load(path, need="images")
+        assert "links to nothing in the archive: 3 ignored (tar -h packs the files" in str(splits)
+    names = [splits.train.name(i).removeprefix("set.tar/") for i in range(len(splits.train))]
+    once = ["a/0.jpg", "a/1.jpg", "b/0.jpg", "b/1.jpg", "x.tar/a/0.jpg", "x.tar/b/0.jpg"]
+    assert [name for name in names if "round" not in name] == once
+    assert torch.equal(splits.train.read(names.index("b/1.jpg")), decode_image("1", data=jpeg(1)))
+    write(path, {})
+    add_links(path, {"a/1.jpg": "../../1.jpg"})
+    with pytest.raises(UserError, match=r"holds no images .*links to nothing .*: 1 ignored"):
+        load(path)
+
+
+def test_hidden_archives_in_an_archive_are_skipped(load, tmp_path):
+    hidden = {name: pack(class_folders()) for name in (".trash.tar", ".old/c.tar")}
+    path = write(tmp_path / "set.tar", class_folders(1) | hidden | {"._n01.tar": b"of macOS"})
+    splits = load(path)
+    assert len(splits.train) == 2 and splits.class_names == ["a", "b"] and not splits.remarks
+
+
 def test_an_index_is_made_once_and_again_when_an_archive_changes(load, tmp_path, monkeypatch):
     read, made = archives._index_tar, []
 
@@ -217,6 +305,8 @@ def broken_archives():
     yield "text", b"hello", "truncated header"
     yield "empty", b"", "empty file"
     yield "compressed", gzip.compress(tar), "is compressed.*gunzip"
+    yield "GNU's sparse", as_gnu_tar_stores_holes(jpeg(0)), "tar -S.* holes of a/holes.jpg: pack"
+    yield "posix' sparse", as_posix_tar_stores_holes(jpeg(0)), "tar -S.* holes of a/holes.jpg: pack"
     yield "without images", pack({"a.txt": b""}), r"holds no images .*\.txt 1"
 
 
