@@ -35,6 +35,7 @@ NUM_IMAGENET = {"train": 1_281_167, "val": 50_000}
 
 def load(name, data_root, pixel_format, need):
     """load_splits for one of NAMED_SETS."""
+    _check_unambiguous(name, data_root)
     if pixel_format.in_chans not in (1, 3) or pixel_format.max_value:
         raise UserError(f"{name} is of 8-bit RGB: --in-chans 3 or 1, without --max-value")
     if name == "digits":
@@ -50,6 +51,19 @@ def load(name, data_root, pixel_format, need):
             ) from None
 
     return load_in_turns(load_published)
+
+
+def _check_unambiguous(name, data_root):
+    """UserError if a file or folder of the user's own has the name of the data set."""
+    is_run = os.path.exists(os.path.join(name, "run.lock"))  # of --output-dir
+    unpacked = os.path.join(data_root, "imagenet")
+    is_imagenet = name == "imagenet" and os.path.realpath(name) == os.path.realpath(unpacked)
+    if os.path.exists(name) and not is_run and not is_imagenet:
+        kind = "folder" if os.path.isdir(name) else "file"
+        raise UserError(
+            f"{name} is a data set and a {kind} here: give ./{name} for the {kind}; for the data "
+            f"set, rename the {kind} or start in another folder"
+        )
 
 
 def _load_digits(pixel_format):

@@ -44,6 +44,23 @@ def test_digits_are_split_four_to_one_without_overlap():
     assert torch.equal(gray.read(7), digits.train.images[7][:1])
 
 
+@pytest.mark.parametrize("name", ["digits", "pets", "imagenet"])
+def test_a_named_set_that_may_be_a_folder_is_refused(name, image_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image_file(f"runs/{name}/x.png")
+    image_file(f"{name}/x.png")
+    if name == "digits":
+        (tmp_path / "digits" / "run.lock").touch()  # of --output-dir digits
+        assert len(load_splits(name).train) == 1437
+        (tmp_path / "digits" / "run.lock").unlink()
+    with pytest.raises(UserError, match=rf"a folder here: give \./{name} for the folder; for"):
+        load_splits(name)
+    assert len(load_splits(f"./{name}").train) == len(load_splits(f"{name}/").train) == 1
+    if name == "imagenet":  # which --data-root . has there
+        with pytest.raises(UserError, match=r"no imagenet under --data-root \."):
+            load_splits(name, ".")
+
+
 def test_arrays_of_colors_as_one_channel_are_their_luminance():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
     dataset = ArrayDataset(pixels.transpose(0, 3, 1, 2), pixel_format=PixelFormat(1))
