@@ -294,14 +294,14 @@ def _read_list(path, pixel_format):
     """A .txt → Labelled, whose label names are None without labels.
 
     One image a line: PATH or PATH<TAB>LABEL, PATH relative to the list's folder. UserError, naming
-    the line, for a path that leads out of the folder.
+    the line, for a path that leads out of the folder and for one with two different labels.
     """
     extensions = _extensions(pixel_format)
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
-    paths, labels = [], []
+    paths, labels, first_lines = [], [], {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -318,6 +318,12 @@ def _read_list(path, pixel_format):
         labels.append(label.strip())
         if bool(labels[-1]) != bool(labels[0]):
             raise UserError(f"{path}, line {number}: either each line has a label, or none has")
+        first_number, first_label = first_lines.setdefault(entry, (number, labels[-1]))
+        if labels[-1] != first_label:
+            raise UserError(
+                f"{path}, line {number}: {entry} has the label {labels[-1]}, and in line "
+                f"{first_number} the label {first_label}"
+            )
     if not paths:
         raise UserError(f"{path} names no images")
     dataset = ImageFileDataset(path.parent, paths, pixel_format=pixel_format)

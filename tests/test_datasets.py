@@ -145,6 +145,10 @@ def test_a_list_names_paths_below_its_folder_and_labels_after_a_tab(image_file, 
         ("a.png\n\n../b.png", "line 3: ../b.png leads out"),
         ("x/../../b.png\t1", "line 1: ../b.png leads out"),
         ("a.png 3", "line 1: a.png 3 is not the name of an image .* a label goes after a tab"),
+        (
+            "a.png\tcat\nb.png\tdog\n\n./a.png\tdog",
+            "line 4: a.png has the label dog, and in line 1 the label cat",
+        ),
         ("a.png\t1\nb.png", "line 2: either each line has a label, or none has"),
         ("\n \n", "names no images"),
     ],
@@ -154,6 +158,16 @@ def test_a_line_of_a_list_that_cannot_be_is_named(tmp_path, lines, words):
     path.write_text(lines)
     with pytest.raises(UserError, match=words):
         load_splits(str(path))
+
+
+def test_a_list_may_name_an_image_twice(image_file, tmp_path):
+    image_file("a.png")
+    image_file("b.png")
+    path = tmp_path / "list.txt"
+    path.write_text("a.png\tcat\nb.png\tdog\na.png\tcat\n")
+    assert load_splits(str(path)).train.labels.tolist() == [0, 1, 0]
+    path.write_text("a.png\nb.png\na.png\n")
+    assert len(load_splits(str(path)).train) == 3
 
 
 def test_class_folders_are_sorted_as_strings(image_file, tmp_path):
@@ -254,9 +268,10 @@ def test_image_folders_are_those_that_are_searched(image_file, tmp_path):
 @pytest.fixture
 def equal_numbers(image_file, tmp_path):
     """A list whose labels are equal as numbers."""
-    image_file("a.png")
     labels = ["2", "01", "1", "10", "001", "02"]
-    (tmp_path / "list.txt").write_text("".join(f"a.png\t{label}\n" for label in labels))
+    for label in labels:
+        image_file(f"{label}.png")
+    (tmp_path / "list.txt").write_text("".join(f"{label}.png\t{label}\n" for label in labels))
     return str(tmp_path / "list.txt")
 
 
