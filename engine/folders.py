@@ -7,6 +7,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from PIL import features
 from tqdm import tqdm
 
@@ -56,6 +57,9 @@ def load(path, pixel_format, need, data_root):
         if root.suffix != ".txt":
             note = "no val/ in it"
         remarks = ()
+        if val is not None:
+            note = f"no train/ or train.txt beside {_place_name(val)}"
+            remarks = _val_remark(parts[0].dataset, val)
     else:
         if need in ("train", "images"):
             val = None
@@ -99,6 +103,12 @@ def _lists_remark(places):
         is_preferred = place.suffix == ".txt" and place.with_suffix("").is_dir()
         words.append(_place_name(place) + (f" (not {place.stem}/)" if is_preferred else ""))
     return (f"read from {' and '.join(words)}",)
+
+
+def _val_remark(dataset, val):
+    """val: a folder or an archive that is read as a part of the images to train on."""
+    count = np.char.startswith(dataset.paths, os.fsencode(f"{val.name}/")).sum()
+    return (f"{count:,} of them are those of {_place_name(val)}",) if count else ()
 
 
 def _ignored_remark(ignored):

@@ -178,6 +178,17 @@ def test_an_archive_with_more_than_train_and_val_is_read_as_the_folder_is(load, 
     assert load(tmp_path / "set.tar").class_names == ["boat", "train"]
 
 
+def test_a_val_tar_that_is_trained_on_is_named(load, tmp_path):
+    write(tmp_path / "set" / "val.tar", class_folders(2))
+    assert str(load(tmp_path / "set")) == (
+        "4 images to train on, no train/ or train.txt beside val.tar; kNN is off; 4 of them are "
+        "those of val.tar"
+    )
+    assert "4 images to validate" in str(load(tmp_path / "set", need="val"))
+    write(tmp_path / "set" / "1.jpg", jpeg(1))
+    assert "of them" not in str(load(tmp_path / "set"))
+
+
 def test_archives_beside_images_are_ignored_as_before(load, tmp_path):
     write(tmp_path / "set" / "1.jpg", jpeg(1))
     write(tmp_path / "set" / "backup.tar", class_folders())

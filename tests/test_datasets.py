@@ -97,6 +97,18 @@ def test_folders_with_images_out_of_place_are_refused(image_file, tmp_path):
         load_splits(str(tmp_path))
 
 
+def test_images_of_val_that_are_trained_on_are_counted(image_file, tmp_path):
+    for name in ("a/x.png", "val/a/y.png", "val/b/z.png", "value/w.png"):
+        image_file(name)
+    assert str(load_splits(str(tmp_path))) == (
+        "4 images to train on, the training images have no train/ above them: all are taken, "
+        "without labels; kNN is off; 2 of them are those of val/"
+    )
+    images = load_splits(str(tmp_path), need="images")
+    assert str(images) == "4 images to train on; 2 of them are those of val/"
+    assert str(load_splits(str(tmp_path), need="val")) == "2 images to validate"
+
+
 def test_folder_without_val_has_no_knn(image_file, tmp_path):
     image_file("train/a/x.png")
     assert "no val/" in load_splits(str(tmp_path)).note
