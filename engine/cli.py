@@ -195,7 +195,8 @@ def check_downstream(parser, args):
 def load_splits_from_args(args, pixel_format):
     """The images that DIR, --val and the flags about them name → Splits."""
     val, trains_only = getattr(args, "val", None), getattr(args, "knn_every", None) == 0
-    if getattr(args, "evaluate", False) or getattr(args, "split", None) == "val":
+    only_evaluates = getattr(args, "evaluate", False) and not getattr(args, "knn", False)
+    if only_evaluates or getattr(args, "split", None) == "val":
         return _load(args, args.data, pixel_format, "val")
     if trains_only or getattr(args, "knn_data", None):
         return _load(args, args.data, pixel_format, "images")

@@ -260,7 +260,7 @@ def require_labels(splits, path, train=True):
     """
     if splits.val is None or (train and splits.train_labelled is None):
         needed = "labelled images to train on and to validate" if train else "labelled images"
-        raise UserError(f"{path} needs {needed}: {splits.note}")
+        raise UserError(f"{path} needs {needed}: {splits.note or 'it has none to train on'}")
     if train and splits.num_classes < 2:
         raise UserError(f"{path} holds a single class: there is nothing to tell apart")
     return splits

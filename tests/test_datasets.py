@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -392,6 +393,8 @@ def test_images_to_validate_alone_suffice_to_evaluate(image_file, tmp_path):
     assert require_labels(splits, path, train=False) is splits
     with pytest.raises(UserError, match="needs labelled images to train on and to validate"):
         require_labels(load_splits(path), path)
+    with pytest.raises(UserError, match="train on and to validate: it has none to train on"):
+        require_labels(splits, path)
     (tmp_path / "set" / "few.txt").write_text("val/9/x.png\t9\n")
     splits = load_splits(f"{path}/few.txt", need="val")
     assert len(splits.val) == 1 and splits.class_names == ["9"]
@@ -838,6 +841,9 @@ def test_a_classifier_is_measured_without_training_images(script, pretrained, tm
     assert (code, err) == (0, "") and "top-1 100.00 % on 6 images" in out
     code, out, err = script("main_finetune.py", *argv)
     assert (code, err) == (0, "") and "on 6 images" in out
+    code, _, err = script("main_lincls.py", *argv, "--knn")
+    assert code == 2 and err.count("\n") == 1
+    assert re.search(r"needs labelled images to train on and to validate: \w", err)
     code, _, err = script("main_lincls.py", *argv, "--val", test)
     assert code == 2 and "--evaluate measures the images in DIR" in err and err.count("\n") == 1
     out, argv = tmp_path / "features.npz", [test, "--pretrained", pretrained, *CPU]

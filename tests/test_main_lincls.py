@@ -6,7 +6,8 @@ from conftest import ROOT, interrupted_after_saving, launch
 from official import linear, pretraining
 
 import main_lincls
-from engine import checkpoint
+from engine import checkpoint, cli
+from engine.decode import RGB
 from engine.log import read_log
 
 TINY = "digits --batch-size 256 --epochs 2 --workers 0 --device cpu --amp off".split()
@@ -139,6 +140,15 @@ def test_accuracy_is_the_same_on_any_number_of_processes(script, tmp_path, pretr
     two, three = (launch(size, "main_lincls.py", *argv).stdout for size in (2, 3))
     assert one.count("kNN") == 4 and "on 360 images" in one
     assert one == two == three
+
+
+def test_knn_beside_evaluate_needs_the_images_to_train_on(monkeypatch):
+    needs = []
+    monkeypatch.setattr(cli, "load_splits", lambda *args: needs.append(args[-1]))
+    for more in ([], ["--knn"]):
+        argv = ["imagenet", "--pretrained", "linear.pth", "--evaluate", *more]
+        cli.load_splits_from_args(main_lincls.parse_args(argv), RGB)
+    assert needs == ["val", "both"]
 
 
 def test_batchnorm_is_folded_into_the_classifier():
