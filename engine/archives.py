@@ -245,6 +245,7 @@ def _read_label(file, cls, json_fields):
         return text
     with suppress(ValueError, AttributeError):  # not JSON, not an object
         fields = json.loads(text)
-        label = fields.get("label", fields.get("cls"))
-        return str(label) if isinstance(label, int | str) else ""
+        for label in (fields.get("label"), fields.get("cls")):
+            if isinstance(label, int | str):
+                return str(label)
     return ""

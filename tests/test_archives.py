@@ -108,7 +108,11 @@ def test_shards_of_webdataset_have_the_labels_beside_the_images(load, tmp_path):
     assert alone.train is None and alone.val.labels.tolist() == [1, 0] * 2
 
     members = {"1.jpg": jpeg(1), "1.json": b'{"label": "dog"}', "2.jpg": jpeg(2)}
-    for label, expected in (('{"label": "cat"}', ["cat", "dog"]), ('{"cls": 3}', ["3", "dog"])):
+    for label, expected in (
+        ('{"label": "cat"}', ["cat", "dog"]),
+        ('{"cls": 3}', ["3", "dog"]),
+        ('{"label": null, "cls": 3}', ["3", "dog"]),
+    ):
         write(tmp_path / "json.tar", members | {"2.json": label.encode()})
         assert load(tmp_path / "json.tar").class_names == expected
     for label in ("{}", "[]", "{", '{"label": null}'):
