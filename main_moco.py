@@ -158,8 +158,8 @@ def make_views(crops, params, pixel_format, dtype=torch.float32, chunk=0):
     images, params = crops.flatten(0, 1), params.flatten(0, 1)
     views = torch.empty(images.shape, dtype=dtype, device=images.device)  # contiguous
     size = chunk or len(images)
-    for part in zip(views.split(size), images.split(size), params.split(size)):
-        part[0].copy_(augment(*part[1:], pixel_format.mean, pixel_format.std))
+    for x, crop, param in zip(views.split(size), images.split(size), params.split(size)):
+        x.copy_(augment(crop, param, pixel_format.mean, pixel_format.std))
     return views.chunk(2)
 
 

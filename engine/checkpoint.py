@@ -170,6 +170,10 @@ def _is_text(value):
     return isinstance(value, str)
 
 
+def _is_interpolation(value):
+    return value in ("bilinear", "bicubic")
+
+
 def _is_text_list(value):
     return isinstance(value, list) and all(map(_is_text, value))
 
@@ -198,6 +202,8 @@ SCHEMA = {  # key: (predicate, what it should be)
     "class_names": (_is_text_list, "a list of texts"),
     "data_digest": (_is_text, "a text"),
     "val_digest": (_is_text, "a text"),
+    "frozen_digest": (_is_text, "a text"),
+    "interpolation": (_is_interpolation, "bilinear or bicubic"),
 }
 
 

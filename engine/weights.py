@@ -470,7 +470,7 @@ def _find_config(path, kind, content, encoder, num_heads, arch):
     keys = (*BackboneConfig(arch).to_dict(), "class_names")
     return {key: content[key] for key in keys if content.get(key)} | dict(
         arch=arch,
-        evaluate_ema=bool((content.get("args") or {}).get("evaluate_ema")),
+        evaluate_ema="ema" in content and bool(content.get("args", {}).get("evaluate_ema")),
         img_size=to_pair(img_size or 224),
         patch_size=to_pair(patch_size) if patch_size else None,
         small_stem=arch in RESNETS and stem[2:] == (3, 3),

@@ -121,6 +121,7 @@ def write(to, out, weights, heads, model):
     """OUT, whole or not at all."""
     config = dict(weights.config)
     class_names = config.pop("class_names", None)
+    del config["evaluate_ema"]  # of the weights that are not taken
     if class_names and heads and weights.kind != PRETRAINING:  # of the classifier
         config["class_names"] = class_names
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
