@@ -7,6 +7,7 @@ These are forked from a server that has imported everything, so that none import
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -144,6 +145,7 @@ def _run_child(argv, stdout, stderr, env, folder, start_method, prepare):
     os.environ.update(env)
     os.chdir(folder)
     multiprocessing.set_start_method(start_method, force=True)  # it would be "forkserver"
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have ignored
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
