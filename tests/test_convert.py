@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import convert
 
-OLD_TIMM = tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 16)  # has no local-dir:
+OLD_TIMM = tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 26)  # local-dir: fails
 SIX_HEADS = "timm/vit_small_patch16_224"
 
 

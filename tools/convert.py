@@ -1,6 +1,6 @@
 """Checkpoints in and out: other projects' weights for our scripts, and ours for other projects.
 
-A folder for timm.create_model("local-dir:vit_small_timm", pretrained=True), from timm 1.0.16 on:
+A folder for timm.create_model("local-dir:vit_small_timm", pretrained=True), from timm 1.0.26 on:
     python tools/convert.py runs/vit_small_300/checkpoint.pth vit_small_timm --to timm
 A state_dict for torchvision; MMSelfSup's weights for main_lincls.py and main_finetune.py:
     python tools/convert.py runs/resnet50_100/checkpoint.pth resnet50.pth --to torchvision
