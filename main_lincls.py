@@ -18,6 +18,7 @@ from torch import nn
 
 from engine import cli, evaluation, launch, weights
 from engine.datasets import relabel, require_labels
+from engine.errors import UserError
 from engine.evaluation import KNN, AccuracyRecord, format_accuracy
 from engine.loader import EpochBatchSampler, LabelledCrops, UnreadableImages, create_loader
 from engine.run import Run
@@ -87,6 +88,8 @@ def main(args):
     else:
         backbone, config = weights.create_pretrained_backbone(args)
     splits = cli.load_splits_from_args(args, config.pixel_format)
+    if args.evaluate and args.knn and splits.train_labelled is None:
+        raise UserError(f"{args.data} has no labelled images to train on, which --knn searches")
     require_labels(splits, args.data, train=not args.evaluate or args.knn)
     backbone.requires_grad_(False).eval().to(env.device)  # frozen, BatchNorm's statistics as well
 

@@ -44,17 +44,11 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **kwargs,
         )
-        self.recipe_words = []
 
     def convert_arg_line_to_args(self, line):
         if "\0" in line:  # UTF-16, perhaps
             raise ValueError("it is not a text file")
-        words = shlex.split(re.sub(r"(^|\s)#.*", "", line))
-        self.recipe_words += words
-        return words
-
-    def is_from_recipe(self, word):
-        return any(word is recipe_word for recipe_word in self.recipe_words)  # not merely equal
+        return [RecipeWord(word) for word in shlex.split(re.sub(r"(^|\s)#.*", "", line))]
 
     def parse_args(self, argv=None, namespace=None):
         argv = sys.argv[1:] if argv is None else argv
@@ -67,13 +61,15 @@ class Parser(argparse.ArgumentParser):
             self.error(f"can't read the recipe: {error}")
         except RecursionError:
             self.error("can't read the recipe: it names itself")
-        if len(extra) == 1 and not extra[0].startswith("-"):  # a second DIR
-            is_from_recipe = self.is_from_recipe(extra[0])
-            if is_from_recipe != self.is_from_recipe(args.data):
-                args.data, extra = args.data if is_from_recipe else extra[0], []
+        if hasattr(args, "data") and len(extra) == 1 and not extra[0].startswith("-"):
+            if isinstance(args.data, RecipeWord):
+                args.data, extra = extra[0], []
+            elif isinstance(extra[0], RecipeWord):
+                extra = []
         if extra:
             self.error(f"unrecognized arguments: {' '.join(extra)}")
         for name, value in vars(args).items():
+            setattr(args, name, _plain(value))
             if value == "":  # an unset variable of the shell; it would pass for a missing flag
                 flag = "DIR" if name == "data" else f"--{name.replace('_', '-')}"
                 self.error(f"{flag} is an empty text")
@@ -84,6 +80,17 @@ class Parser(argparse.ArgumentParser):
         # argparse opens no other files than recipes.
         message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"can't read the recipe \2: \1", message)
         raise UserError(f"{message} (--help lists the flags)")
+
+
+class RecipeWord(str):
+    """A word that stands in a recipe, not on the command line."""
+
+
+def _plain(value):
+    """RecipeWords, also in lists and tuples, as str: checkpoints hold plain types."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    return str(value) if isinstance(value, RecipeWord) else value
 
 
 def input_flags():

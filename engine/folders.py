@@ -141,7 +141,7 @@ def _read_place(ignored, pixel_format, need, data_root, place, has_classes=True)
     """
     if place.suffix == ".txt" and place.is_file():
         try:
-            return _read_list(place, pixel_format), None
+            return _read_list(place, pixel_format, need), None
         except UserError as error:
             if place.name not in ("train.txt", "val.txt"):
                 raise
@@ -186,6 +186,8 @@ def _read_tars(place, tars, ignored, pixel_format, need, data_root):
                 parts[part] = [i for i, label in enumerate(labels) if label == part]
             ignored[OUTSIDE] += len(paths) - len(parts["train"]) - len(parts["val"])
             labels = [folder[1] if len(folder) > 1 else "" for folder in folders]
+            if need == "val" and not parts["val"]:
+                raise UserError(f"{place} has train/ in it, but no val/ to validate")
             if need in ("train", "images") or not parts["val"]:
                 del parts["val"]
     for part, indices in parts.items():
@@ -300,12 +302,13 @@ def _list_images(root, extensions):
     return paths, top_folders, sorted(tars), ignored
 
 
-def _read_list(path, pixel_format):
+def _read_list(path, pixel_format, need):
     """A .txt → Labelled, whose label names are None without labels.
 
     One image a line: PATH or PATH<TAB>LABEL, PATH relative to the list's folder. UserError, naming
     the line, for a path that leads out of the folder and for one with two different labels.
     """
+    has_labels = True
     extensions = _extensions(pixel_format)
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
@@ -329,12 +332,14 @@ def _read_list(path, pixel_format):
         if bool(labels[-1]) != bool(labels[0]):
             raise UserError(f"{path}, line {number}: either each line has a label, or none has")
         first_number, first_label = first_lines.setdefault(entry, (number, labels[-1]))
-        if labels[-1] != first_label:
-            raise UserError(
+        if labels[-1] != first_label and need == "images":
+            has_labels = False
+        elif labels[-1] != first_label:
+            raise LabelError(
                 f"{path}, line {number}: {entry} has the label {labels[-1]}, and in line "
                 f"{first_number} the label {first_label}"
             )
     if not paths:
         raise UserError(f"{path} names no images")
     dataset = ImageFileDataset(path.parent, paths, pixel_format=pixel_format)
-    return Labelled(dataset, labels if labels[0] else None)
+    return Labelled(dataset, labels if labels[0] and has_labels else None)

@@ -54,12 +54,16 @@ def load(name, data_root, pixel_format, need):
 
 
 def _check_unambiguous(name, data_root):
-    """UserError if a file or folder of the user's own has the name of the data set."""
-    is_run = os.path.exists(os.path.join(name, "run.lock"))  # of --output-dir
-    unpacked = os.path.join(data_root, "imagenet")
-    is_imagenet = name == "imagenet" and os.path.realpath(name) == os.path.realpath(unpacked)
-    if os.path.exists(name) and not is_run and not is_imagenet:
-        kind = "folder" if os.path.isdir(name) else "file"
+    """UserError if a file or folder of the user's own has the name of the data set.
+
+    Folders of runs, of --output-dir, and of the data sets are none.
+    """
+    folder = Path(name)
+    holds_runs = any(any(folder.glob(lock)) for lock in ("run.lock", "*/run.lock"))
+    data_folders = Path(data_root).resolve(), Path(data_root, "imagenet").resolve()
+    is_own = not holds_runs and folder.resolve() not in data_folders
+    if is_own and name in os.listdir():  # in this case of the letters
+        kind = "folder" if folder.is_dir() else "file"
         raise UserError(
             f"{name} is a data set and a {kind} here: give ./{name} for the {kind}; for the data "
             f"set, rename the {kind} or start in another folder"

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from moco.distributed import is_main, world_size
 
 LOCK = "run.lock"
 KNN_FLAGS = ("val", "knn_data", "knn_bank")
+KEPT_NAMES = re.compile(r"best\.pth|checkpoint_\d+\.pth|linear_lr.*\.pth")
 PLOT_SECONDS = 60  # between two drawings of curves.png
 MIN_LOSS_SCALE = 2.0**-10  # fp16 whose gradients overflow even at this scale won't recover
 
@@ -169,7 +171,8 @@ class Run:
                 "own random numbers"
             )
         if state.get("frozen_digest") not in (None, self.metadata["frozen_digest"]):
-            changes.append(f"other weights in {self.args.pretrained}")
+            pretrained = self.args.pretrained or "the random backbone"
+            changes.append(f"other weights in {pretrained}")
         if changes and not self.args.allow_changed_args:
             raise UserError(
                 f"{path} was trained with other arguments: {', '.join(changes)}; "
@@ -482,8 +485,10 @@ def find_checkpoints(args, folder):
     num_restarts = all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     path = None if args.resume in (None, "auto") else Path(args.resume)
     resumes_here = path is not None and path.resolve().parent == folder.resolve()
-    kept = sorted(file.name for file in folder.glob("*.pth"))
-    if kept and not existing and not resumes_here:  # best.pth, say, of a run that was cleared
+    names = sorted(file.name for file in folder.glob("*.pth"))
+    kept = [name for name in names if KEPT_NAMES.fullmatch(name)]
+    crashed = (folder / f"{LAST}.tmp").exists()  # in the first save
+    if kept and not existing and not resumes_here and not crashed:  # of a run that was cleared
         raise UserError(f"{folder} holds {_first_few(kept)} of a run: --output-dir starts another")
     if args.resume == "auto" or (num_restarts > 0 and existing):
         return existing

@@ -54,8 +54,8 @@ def initialize_moco(model, args, pixel_format):
     """Starts a MoCo from the weights in --init-from → a line on what stays random, or None.
 
     Takes all of a pre-training checkpoint. Where the heads are missing or of other widths, its
-    backbone starts both encoders. UserError if it is used to another pixel_format, and no flag
-    chooses this one.
+    backbone starts both encoders. UserError if it was trained with another pixel_format, and no
+    flag chooses this one.
     """
     path = args.init_from
     # Of a ViT-S, -a vit_small tells what the user wants, not how many heads the file's has.
@@ -78,6 +78,10 @@ def initialize_moco(model, args, pixel_format):
 
 
 def _check_pixel_format(args, stated, pixel_format):
+    if stated["in_chans"] != pixel_format.in_chans:
+        raise UserError(
+            f"{args.init_from} is for {stated['in_chans']} channel(s), not {pixel_format.in_chans}"
+        )
     missing = []
     for name in ("mean", "std", "max_value"):
         value, own = stated.get(name), getattr(pixel_format, name)
@@ -86,8 +90,8 @@ def _check_pixel_format(args, stated, pixel_format):
             missing.append(" ".join([f"--{name.replace('_', '-')}", *(f"{v:g}" for v in values)]))
     if missing:
         raise UserError(
-            f"the weights in {args.init_from} are used to {' '.join(missing)}: add these flags, or "
-            "others for your images"
+            f"{args.init_from} was trained with {' '.join(missing)}: add these flags, or others "
+            "for your images"
         )
 
 
@@ -410,6 +414,8 @@ def _read_timm_config(config, path):
     stated["in_chans"] = options.get("in_chans") or in_chans
     stated["img_size"] = to_pair(options.get("img_size") or size)
     stated["patch_size"] = to_pair(options["patch_size"]) if options.get("patch_size") else None
+    if images.get("interpolation") in ("bilinear", "bicubic"):
+        stated["interpolation"] = images["interpolation"]
     if config.get("max_value"):
         stated["max_value"] = config["max_value"]
     if isinstance(config.get("label_names"), list):

@@ -159,6 +159,13 @@ def test_an_archive_may_hold_train_and_val_or_be_one_of_them(load, tmp_path):
     assert load(image.parent.parent, need="train").class_names == ["c"]
 
 
+def test_an_archive_with_train_and_test_has_nothing_to_validate(load, tmp_path):
+    path = write(tmp_path / "set.tar", class_folders(3, "train/") | class_folders(2, "test/"))
+    assert len(load(path, need="images").train) == 6
+    with pytest.raises(UserError, match="has train/ in it, but no val/ to validate"):
+        load(path, need="val")
+
+
 def test_an_archive_with_more_than_train_and_val_is_read_as_the_folder_is(load, tmp_path):
     test = class_folders(2, "test/") | {"preview.jpg": jpeg(9)}
     members = class_folders(3, "train/") | class_folders(1, "val/") | test

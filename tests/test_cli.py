@@ -153,12 +153,12 @@ def test_dir_on_the_command_line_replaces_a_recipes(tmp_path):
     ):
         assert parser().parse_args(argv).data == "/my/images"
     assert parser().parse_args(["digits", f"@{recipe}"]).data == "digits"
-    for argv in (
-        ["digits", "/my/images"],
-        [f"@{recipe}", f"@{recipe}"],
-        [f"@{recipe}", "a", "b"],
-        [f"@{recipe}", "--what", "a"],
-    ):
+    later = tmp_path / "later.txt"
+    later.write_text("s --data-root s")
+    args = parser().parse_args([f"@{recipe}", f"@{later}"])  # the later one wins
+    assert args.data == "s" and type(args.data) is type(args.data_root) is str
+    assert parser().parse_args([f"@{later}", "s"]).data == "s"
+    for argv in (["digits", "/my/images"], [f"@{recipe}", "a", "b"], [f"@{recipe}", "--what", "a"]):
         with pytest.raises(UserError, match="unrecognized arguments"):
             parser().parse_args(argv)
 

@@ -22,6 +22,7 @@ from engine import named_sets
 from engine.datasets import (
     ArrayDataset,
     ImageFileDataset,
+    LabelError,
     Splits,
     dataset_digest,
     evenly_spaced,
@@ -149,6 +150,26 @@ def test_a_list_names_paths_below_its_folder_and_labels_after_a_tab(image_file, 
     data = load_splits(str(tmp_path / "set"))
     assert (data.class_names, data.num_classes) == (["a dog", "cat"], 2)
     assert data.train_labelled.labels.tolist() == [1, 0] and data.val.labels.tolist() == [1]
+
+
+def test_pretraining_does_without_labels_that_contradict(image_file, tmp_path):
+    image_file("a.png")
+    path = tmp_path / "list.txt"
+    path.write_text("a.png\tcat\na.png\tdog\n")
+    splits = load_splits(str(path), need="images")
+    assert len(splits.train) == 2 and splits.train.labels is None
+    with pytest.raises(LabelError):
+        load_splits(str(path))
+
+
+def test_folders_of_runs_and_of_data_do_not_hide_a_named_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits" / "run").mkdir(parents=True)
+    with pytest.raises(UserError, match="digits is a data set and a folder here"):
+        load_splits("digits")
+    assert load_splits("digits", data_root="digits").num_classes == 10
+    (tmp_path / "digits" / "run" / "run.lock").touch()
+    assert load_splits("digits").num_classes == 10
 
 
 @pytest.mark.parametrize(
@@ -843,7 +864,7 @@ def test_a_classifier_is_measured_without_training_images(script, pretrained, tm
     assert (code, err) == (0, "") and "on 6 images" in out
     code, _, err = script("main_lincls.py", *argv, "--knn")
     assert code == 2 and err.count("\n") == 1
-    assert re.search(r"needs labelled images to train on and to validate: \w", err)
+    assert re.search(r"labelled images to train on(, which --knn| and to validate: \w)", err)
     code, _, err = script("main_lincls.py", *argv, "--val", test)
     assert code == 2 and "--evaluate measures the images in DIR" in err and err.count("\n") == 1
     out, argv = tmp_path / "features.npz", [test, "--pretrained", pretrained, *CPU]

@@ -66,6 +66,9 @@ def test_what_is_kept_of_a_cleared_run_is_not_overwritten(script, tmp_path):
         assert (code, err.count("\n")) == (2, 1)
         assert f"{tmp_path} holds checkpoint_0001.pth of a run: --output-dir starts" in err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / f"{checkpoint.LAST}.tmp").touch()  # instead, it was killed in its first save
+    assert script("main_moco.py", *argv, "--resume", "auto")[0] == 0
+    (tmp_path / checkpoint.LAST).unlink()
     kept = ("--resume", tmp_path / "checkpoint_0001.pth")
     code, out, err = script("main_moco.py", *argv, "--epochs", 2, *kept, "--allow-changed-args")
     assert code == 0 and "resumed after step 5" in out, err

@@ -374,7 +374,7 @@ def test_init_from_a_vit_small_needs_its_heads(tmp_path):
         start(six, twelve, SIX_HEADS)
 
 
-def test_init_from_asks_for_the_pixels_that_the_weights_are_used_to(script, tmp_path):
+def test_init_from_asks_for_the_pixels_of_the_weights(script, tmp_path):
     run = [*TINY, "--in-chans", 1, "--epochs", 1, "--warmup-epochs", 0, "--knn-every", 0]
     pixels, path = ["--mean", 0.25, "--std", 0.5], tmp_path / "first" / checkpoint.LAST
     code, _, err = script("main_moco.py", *run, *pixels, "--output-dir", path.parent)
@@ -383,7 +383,7 @@ def test_init_from_asks_for_the_pixels_that_the_weights_are_used_to(script, tmp_
     run += ["--output-dir", tmp_path / "second", "--init-from", path]
     code, _, err = script("main_moco.py", *run, "--mean", 0.3)
     assert (code, err.count("\n")) == (2, 1)
-    assert "used to --std 0.5 --max-value 4095: add these flags, or others" in err
+    assert "was trained with --std 0.5 --max-value 4095: add these flags, or others" in err
     assert not (tmp_path / "second").exists()
     torch.save(checkpoint.load(path) | dict(max_value=None), path)
     code, _, err = script("main_moco.py", *run, *pixels)
