@@ -406,16 +406,7 @@ def evaluate(args, model, splits, config, env, unreadable):
         with env.autocast():
             return [model(images)]
 
-    [accuracy] = evaluation.accuracy(
-        classify,
-        1,
-        splits.val,
-        config.img_size,
-        args.workers,
-        env,
-        unreadable,
-        config.interpolation,
-    )
+    [accuracy] = evaluation.accuracy(classify, 1, splits.val, config, args.workers, env, unreadable)
     return accuracy
 
 

@@ -228,15 +228,9 @@ def evaluate(args, splits, backbone, classifiers, config, env, unreadable):
             h = backbone(images)
         return classifiers(at_least_fp32(h))
 
+    num_classifiers = len(classifiers.linears)
     return evaluation.accuracy(
-        classify,
-        len(classifiers.linears),
-        splits.val,
-        config.img_size,
-        args.workers,
-        env,
-        unreadable,
-        config.interpolation,
+        classify, num_classifiers, splits.val, config, args.workers, env, unreadable
     )
 
 

@@ -53,25 +53,16 @@ def iterate_eval_batches(
 
 
 @torch.no_grad()
-def accuracy(
-    classify,
-    num_classifiers,
-    dataset,
-    img_size,
-    workers,
-    env,
-    unreadable=None,
-    interpolation="bilinear",
-):
+def accuracy(classify, num_classifiers, dataset, config, workers, env, unreadable=None):
     """Accuracy of several classifiers in one pass over labelled images → [(acc1, acc5)], in %.
 
     classify: normalized images [n, C, H, W] → a list of logits [n, num_classes], one for each
-    classifier. With fewer than 5 classes acc5 is 100. An unreadable image counts as wrong.
+    classifier. config: BackboneConfig, for its img_size and interpolation. With fewer than 5
+    classes acc5 is 100. An unreadable image counts as wrong.
     """
     correct = torch.zeros(num_classifiers, 2, dtype=torch.long, device=env.device)
-    batches = iterate_eval_batches(
-        dataset, torch.arange(len(dataset)), img_size, workers, env, unreadable, interpolation
-    )
+    settings = config.img_size, workers, env, unreadable, config.interpolation
+    batches = iterate_eval_batches(dataset, torch.arange(len(dataset)), *settings)
     for indices, images in batches:
         labels = dataset.labels[indices].to(env.device)[:, None]
         for i, logits in enumerate(classify(images)):

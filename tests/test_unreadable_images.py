@@ -16,6 +16,7 @@ from torch import nn
 
 import engine.loader
 import main_finetune
+from engine.backbones import BackboneConfig
 from engine.datasets import ArrayDataset, ImageFileDataset, Splits, load_splits
 from engine.decode import RGB, UnreadableImage, decode_image
 from engine.errors import UserError
@@ -272,7 +273,8 @@ def test_an_image_that_cannot_be_read_is_not_recognised():
 
     dataset.labels = dataset.labels % 256
     unreadable = UnreadableImages(1, 600)
-    [(acc1, _)] = accuracy(classify, 1, dataset, (8, 8), 0, Env(CPU), unreadable)
+    config = BackboneConfig("vit_nano", img_size=(8, 8))
+    [(acc1, _)] = accuracy(classify, 1, dataset, config, 0, Env(CPU), unreadable)
     assert acc1 == pytest.approx(100 * (600 - 256) / 600) and len(unreadable.all) == 256
 
 
