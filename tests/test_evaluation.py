@@ -6,7 +6,7 @@ from conftest import TINY, launch
 from torch import nn
 
 import engine.evaluation
-from engine.backbones import create_backbone
+from engine.backbones import BackboneConfig, create_backbone
 from engine.datasets import ArrayDataset, Splits, load_splits
 from engine.evaluation import (
     KNN,
@@ -21,6 +21,7 @@ from engine.log import read_log
 from moco import MoCo
 
 ENV = Env(torch.device("cpu"))
+SMALL = BackboneConfig("vit_nano", img_size=(4, 4))
 
 
 def test_knn_matches_the_formula():
@@ -106,7 +107,7 @@ def test_accuracy_is_that_of_sorted_logits_and_a_diverged_classifier_is_wrong():
         mine, rest = rest[: len(batch)], rest[len(batch) :]
         return [mine, torch.full_like(mine, torch.nan)]
 
-    first, diverged = accuracy(classify, 2, dataset, (4, 4), 0, ENV)
+    first, diverged = accuracy(classify, 2, dataset, SMALL, 0, ENV)
     order = logits.argsort(1, descending=True)
     assert first[0] == pytest.approx(100 * (order[:, 0] == labels).float().mean().item())
     top5 = (order[:, :5] == labels[:, None]).any(1).float().mean().item()
@@ -117,7 +118,7 @@ def test_scores_of_classes_without_images_are_kept():
     """A part of the classes is measured among all of them: a wrong one may win."""
     images = ArrayDataset(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), [0, 1])
     logits = torch.tensor([[2.0, 1.0, 0.0, 0, 0, 0, 0], [1.0, 2.0, 3.0, 0, 0, 0, 0]])
-    [(acc1, acc5)] = accuracy(lambda x: [logits], 1, images, (4, 4), 0, ENV)
+    [(acc1, acc5)] = accuracy(lambda x: [logits], 1, images, SMALL, 0, ENV)
     assert (acc1, acc5) == (50, 100)
 
 
