@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine import cli, evaluation, launch, weights
-from engine.datasets import relabel, require_labels
-from engine.errors import UserError
+from engine import cli, downstream, evaluation, flags, launch, weights
+from engine.data.crops import LabelledCrops
+from engine.data.loader import create_loader
+from engine.data.sampler import EpochBatchSampler
+from engine.data.splits import load_splits
+from engine.data.unreadable import UnreadableImages
 from engine.evaluation import KNN, AccuracyRecord, format_accuracy
-from engine.loader import EpochBatchSampler, LabelledCrops, UnreadableImages, create_loader
-from engine.run import Run
+from engine.run import Run, find_checkpoints, run_metadata
 from moco import optimizer_step, scaled_lr, warmup_cosine_lr
 from moco.augmentation import normalize
 from moco.batchnorm import ViewBatchNorm, at_least_fp32
@@ -29,17 +31,30 @@ from moco.distributed import all_gather
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description=__doc__, parents=[cli.shared_flags(), cli.downstream_flags()])
-    parser.set_defaults(arch=None, img_size=None, in_chans=None, epochs=90, batch_size=1024)
-    add = parser.add_argument
-    lr = "base learning rates, scaled by batch/256; a classifier for each"
-    add("--lr", type=cli.positive_float, nargs="+", default=[0.1], metavar="LR", help=lr)
-    add("--crop-min", type=cli.fraction, default=0.08, help="smallest crop, fraction of the area")
-    add("--batchnorm", action="store_true", help="normalize the features first, as MAE does")
-    add("--knn", action="store_true", help="kNN accuracy, before the probe")
-    bank = "training images that kNN searches (default: all)"
-    add("--knn-bank", type=cli.positive_int, metavar="IMAGES", help=bank)
-    args = cli.check_downstream(parser, parser.parse_args(argv))
+    parser = cli.Parser(description=__doc__)
+    flags.add_image_flags(parser, in_chans=None)
+    add = flags.add_model_flags(parser, arch=None, img_size=None)
+    downstream.add_flags(add)
+    batchnorm = "normalize the features before the classifiers, as MAE's probe does"
+    add("--batchnorm", batchnorm, action="store_true")
+
+    add = flags.add_optimization_flags(parser, epochs=90, batch_size=1024)
+    lr = "base learning rates, scaled by batch/256; a classifier for each (default: 0.1)"
+    add("--lr", lr, type=flags.positive_float, nargs="+", default=[0.1])
+
+    add = flags.add_evaluation_flags(parser)
+    add("--knn", "measure kNN accuracy, before the probe", action="store_true")
+    add("--knn-bank", "training images that kNN searches; all by default", type=flags.positive_int)
+    flags.add_run_flags(parser)
+    flags.add_hardware_flags(parser)
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser, args):
+    """What argparse can't check."""
+    flags.check_downstream(parser, args)
     if len({f"{lr:g}" for lr in args.lr}) < len(args.lr):  # as files and log.jsonl name them
         parser.error("--lr names a rate twice, in 6 digits")
     if args.knn_bank and not args.knn:
@@ -48,7 +63,6 @@ def parse_args(argv=None):
         parser.error("--epochs 0 trains nothing: add --knn or --evaluate")
     if args.epochs == 0 and (args.resume or args.output_dir):
         parser.error("--epochs 0 has no run: drop --resume and --output-dir")
-    return args
 
 
 class LinearClassifiers(nn.Module):
@@ -83,90 +97,91 @@ def main(args):
     env = launch.init_distributed(args.device, args.amp, args.timeout)
     torch.manual_seed(args.seed)
     if args.evaluate:
-        backbone, config, class_names = weights.create_classifier(args)
-        classifier = weights.detach_classifier(backbone).to(env.device)
-    else:
-        backbone, config = weights.create_pretrained_backbone(args)
-    splits = cli.load_splits_from_args(args, config.pixel_format)
-    if args.evaluate and args.knn and splits.train_labelled is None:
-        raise UserError(f"{args.data} has no labelled images to train on, which --knn searches")
-    require_labels(splits, args.data, train=not args.evaluate or args.knn)
-    backbone.requires_grad_(False).eval().to(env.device)  # frozen, BatchNorm's statistics as well
-
+        evaluate_saved(args, env)
+        return
+    folder, checkpoints = None, []
+    if args.epochs > 0:
+        folder = downstream.output_folder(args, "lincls")
+        checkpoints = find_checkpoints(folder, args.resume)
+    options = flags.backbone_options(args)
+    backbone, config = weights.create_pretrained_backbone(
+        args.pretrained, options, args.from_scratch
+    )
+    splits = downstream.load_training_splits(args, config.pixel_format)
+    freeze(backbone).to(env.device)
     if args.knn:
         print_knn(args, splits, backbone, config, env)
-    if args.evaluate:
-        evaluate_saved(args, splits, backbone, classifier, class_names, config, env)
-    elif args.epochs > 0:
-        train(args, splits, backbone, config, env)
+    if args.epochs > 0:
+        train(args, env, splits, backbone, config, folder, checkpoints)
+
+
+def freeze(backbone):
+    """No gradients, and BatchNorm keeps its statistics."""
+    return backbone.requires_grad_(False).eval()
 
 
 def print_knn(args, splits, backbone, config, env):
     knn = KNN(splits, config.img_size, args.knn_bank, args.workers, env)
     k_values = [k for k in (10, 20, 100, 200) if k <= len(knn.bank_indices)] or [knn.k]
-    unreadable = UnreadableImages(args.max_bad_images, len(splits.train_labelled))
+    unreadable = UnreadableImages(args.max_bad_images, len(splits.train))
     for k, accuracy in zip(k_values, knn(backbone, unreadable, k_values)):
         launch.print_rank0(f"kNN     {accuracy:.2f} % with k {k}, bank {knn.num_read:,}")
 
 
-def evaluate_saved(args, splits, backbone, classifier, class_names, config, env):
-    """Prints the accuracy of the classifier in --pretrained; class_names: of its outputs."""
-    splits, message = relabel(splits, class_names, args.pretrained)
-    if message:
-        launch.print_rank0(message)
-    weights.check_num_classes(classifier, splits.num_classes, args.pretrained)
-    unreadable = UnreadableImages(args.max_bad_images, len(splits.val))
-    classifiers = LinearClassifiers([classifier])
-    [(acc1, acc5)] = evaluate(args, splits, backbone, classifiers, config, env, unreadable)
-    text = format_accuracy(acc1, acc5, splits.num_classes)
-    launch.print_rank0(f"{text} on {len(splits.val):,} images")
+def evaluate_saved(args, env):
+    """Prints the accuracy of the classifier in --pretrained, and with --knn that of kNN."""
+    options = flags.backbone_options(args)
+    backbone, config, class_names = weights.create_classifier(args.pretrained, options)
+    classifier = weights.detach_classifier(backbone).to(env.device)
+    freeze(backbone).to(env.device)
+    if args.knn:
+        source = flags.source(args, args.data, config.pixel_format)
+        print_knn(args, load_splits(source), backbone, config, env)
+    splits = downstream.load_test_splits(args, config, class_names, classifier)
+    classify = classify_features(backbone, LinearClassifiers([classifier]), env)
+    downstream.print_accuracy(args, classify, splits, config, env)
 
 
-def train(args, splits, backbone, config, env):
+def train(args, env, splits, backbone, config, folder, checkpoints):
     """Trains the classifiers, prints their table, writes each in the published layout."""
-    run = Run(args, env, cli.downstream_folder(args, config.arch, "lincls"))
-    crops = LabelledCrops(splits.train_labelled, config.img_size, args.crop_min, args.seed)
-    sampler = EpochBatchSampler(len(crops), args.batch_size, args.seed)
-    loader = create_loader(crops, sampler, args.workers, env.device, persistent=True)
+    crop_dataset = LabelledCrops(splits.train, config.img_size, args.crop_min, args.seed)
+    sampler = EpochBatchSampler(len(crop_dataset), args.batch_size, args.seed)
+    loader = create_loader(crop_dataset, sampler, args.workers, env.device, persistent=True)
 
     classifiers = create_classifiers(args, backbone.num_features, splits.num_classes)
     classifiers.to(env.device)
     optimizer, results = create_sgd(classifiers), AccuracyRecord(len(args.lr))
-    run.restore(
-        loader,
-        config,
-        splits,
-        frozen=backbone,
-        allow_divergence=len(args.lr) > 1,
-        model=classifiers,
-        optimizer=optimizer,
-        results=results,
+    metadata = run_metadata(
+        config, vars(args), env, splits.train, splits.class_names, splits.val, frozen=backbone
     )
+    state = dict(model=classifiers, optimizer=optimizer, results=results)
+    can_diverge = dict(allow_divergence=len(args.lr) > 1)  # one of several classifiers may fail
+    options = flags.run_options(args) | can_diverge
+    run = Run(folder, env, loader, metadata, state, resume_from=checkpoints, **options)
+    run.resume()
     ddp_classifiers = env.wrap_ddp(classifiers)
-    run.print_config(
-        model=f"{config.arch}, frozen, {cli.weights_origin(args)}",
-        data=f"{args.data}: {splits.labelled_str()}",
-        batch=sampler,
-        lr=", ".join(f"{lr:g}" for lr in args.lr) + f" · {args.batch_size}/256",
-    )
+    classify = classify_features(backbone, classifiers, env)
 
     with run:
+        lrs = ", ".join(f"{lr:g}" for lr in args.lr) + f" · {args.batch_size}/256"
+        downstream.print_config(args, run, f"{config.arch}, frozen", splits, lrs)
         for epoch in range(run.epoch + 1, args.epochs + 1):
-            train_one_epoch(ddp_classifiers, backbone, loader, optimizer, run)
-            accuracies = evaluate(args, splits, backbone, classifiers, config, env, run.unreadable)
+            train_one_epoch(args, run, ddp_classifiers, backbone, loader, optimizer)
+            accuracies = evaluation.accuracy(
+                classify, len(args.lr), splits.val, config, args.workers, env, run.unreadable
+            )
             results.update(accuracies, epoch)
-            log_accuracies(run, accuracies)
+            log_accuracies(args, run, accuracies)
             run.end_epoch()
+        print_results(args, splits, classifiers, results, run)
+        for lr, linear, (acc1, _) in zip(args.lr, classifiers.export(), results.best):
+            backbone.set_submodule(backbone.classifier_name, linear)
+            run.save_model(f"linear_lr{lr:g}.pth", backbone, best_acc1=acc1)
 
-    print_results(args, splits, classifiers, results, run)
-    for lr, linear, (acc1, _) in zip(args.lr, classifiers.export(), results.best):
-        backbone.set_submodule(backbone.classifier_name, linear)
-        run.save_model(f"linear_lr{lr:g}.pth", backbone, best_acc1=acc1)
 
-
-def train_one_epoch(ddp_classifiers, backbone, loader, optimizer, run):
+def train_one_epoch(args, run, ddp_classifiers, backbone, loader, optimizer):
     """The steps that are left of an epoch: one forward pass of the backbone for all classifiers."""
-    args, env, pixel_format = run.args, run.env, loader.dataset.dataset.pixel_format
+    env, pixel_format = run.env, loader.dataset.dataset.pixel_format
     lrs = epoch_lrs(args, run.epoch)
     for group, lr in zip(optimizer.param_groups, lrs):
         group["lr"] = lr
@@ -219,25 +234,22 @@ def create_sgd(classifiers):
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=0.0)
 
 
-def evaluate(args, splits, backbone, classifiers, config, env, unreadable):
-    """[(acc1, acc5)] of each classifier on the validation images, in percent."""
-    classifiers.eval()
+def classify_features(backbone, classifiers, env):
+    """→ a function: images → logits of each classifier, in fp32 on the backbone's features."""
 
     def classify(images):
+        classifiers.eval()
         with env.autocast():
             h = backbone(images)
         return classifiers(at_least_fp32(h))
 
-    num_classifiers = len(classifiers.linears)
-    return evaluation.accuracy(
-        classify, num_classifiers, splits.val, config, args.workers, env, unreadable
-    )
+    return classify
 
 
-def log_accuracies(run, accuracies):
+def log_accuracies(args, run, accuracies):
     values = {}
-    for lr, (acc1, acc5) in zip(run.args.lr, accuracies):
-        suffix = f"/lr{lr:g}" if len(run.args.lr) > 1 else ""
+    for lr, (acc1, acc5) in zip(args.lr, accuracies):
+        suffix = f"/lr{lr:g}" if len(args.lr) > 1 else ""
         values |= {f"acc1{suffix}": acc1, f"acc5{suffix}": acc5}
     run.log_eval(f"top-1 {max(accuracies)[0]:.2f} %", **values)
 

@@ -14,12 +14,15 @@ import math
 
 import torch
 
-from engine import cli, launch, plots, weights
-from engine.backbones import BackboneConfig, check_bf16_conv_gradients
+from engine import cli, flags, launch, plots, weights
+from engine.backbones import check_bf16_conv_gradients, choose_config, create_backbone
+from engine.data.crops import TwoCrops
+from engine.data.loader import create_loader, unpack_batches
+from engine.data.sampler import EpochBatchSampler
+from engine.data.splits import describe, load_knn_splits, load_splits
 from engine.errors import UserError
 from engine.evaluation import FeatureMonitor
-from engine.loader import EpochBatchSampler, TwoCrops, create_loader, unpack_batches
-from engine.run import Run
+from engine.run import Run, find_checkpoints, run_metadata
 from moco import (
     MoCo,
     augment,
@@ -35,85 +38,105 @@ from vits import POOLING
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description=__doc__, parents=[cli.shared_flags()])
-    add = parser.add_argument
-    add("--optimizer", choices=("lars", "adamw"), default="lars", help="LARS for ResNets")
-    add("--lr", type=cli.non_negative_float, default=0.6, help="base lr, scaled by batch/256")
-    add("--wd", "--weight-decay", type=cli.non_negative_float, default=1e-6, help="weight decay")
-    add("--warmup-epochs", type=cli.non_negative_float, default=10, help="linear warm-up from 0")
-    add("--clip-grad", type=cli.positive_float, metavar="NORM", help="largest gradient norm")
-    add("--moco-dim", type=cli.width, default=256, help="width of queries and keys")
-    add("--moco-mlp-dim", type=cli.width, default=4096, help="hidden width of the heads")
-    add("--moco-m", type=cli.fraction, default=0.99, help="momentum of the momentum encoder")
-    switch = argparse.BooleanOptionalAction
-    cosine = "raise the momentum to 1 by half a cosine"
-    add("--moco-m-cos", action=switch, default=False, help=cosine)
-    add("--moco-t", type=cli.positive_float, default=1.0, help="temperature")
+    parser = cli.Parser(description=__doc__)
+    flags.add_image_flags(parser)
+
+    add = flags.add_model_flags(parser)
+    switch = dict(action=argparse.BooleanOptionalAction, default=False)
+    add("--stop-grad-conv1", "keep a ViT's patch projection at its random values", **switch)
     poses, pools = ("sincos", "learned", "none"), tuple(POOLING)
-    add("--pos-embed", choices=poses, default="sincos", help="position embedding of a ViT")
+    add("--pos-embed", "position embedding of a ViT", choices=poses, default="sincos")
     pool = "a ViT's features: class token, or average without it, with or without LayerNorm"
-    add("--pool", choices=pools, default="token", help=pool)
-    add("--no-head-bn", action="store_true", help="heads without BatchNorm")
-    add("--no-predictor", action="store_true", help="no predictor after the projector")
-    fixed = "keep a ViT's patch projection random"
-    add("--stop-grad-conv1", action=switch, default=False, help=fixed)
-    add("--crop-min", type=cli.fraction, default=0.08, help="smallest crop, fraction of the area")
-    count = cli.non_negative_int
-    chunk = "views that pass the backbone at a time: less memory, the same gradient"
-    add("--encode-chunk", type=count, default=0, metavar="VIEWS", help=chunk)
-    add("--compile", action="store_true", help="torch.compile the backbones")
-    add("--init-from", metavar="PATH", help="weights to start from, of any kind")
-    save = "keep every such checkpoint beside the last one"
-    add("--save-every", type=count, default=0, metavar="EPOCHS", help=save)
-    add("--knn-every", type=count, default=10, metavar="EPOCHS", help="kNN and RankMe; 0: never")
-    knn_data = "labelled images for kNN alone, train and val, in any form of DIR"
-    add("--knn-data", metavar="DIR", help=knn_data)
+    add("--pool", pool, choices=pools, default="token")
+    add("--moco-dim", "width of q and k", type=flags.width, default=256)
+    heads = "hidden width of projector and predictor"
+    add("--moco-mlp-dim", heads, type=flags.width, default=4096)
+    add("--no-head-bn", "projector and predictor without BatchNorm", action="store_true")
+    add("--no-predictor", "no predictor after the projector", action="store_true")
+    init = "weights to start from, of ours or of other projects"
+    add("--init-from", init, metavar="CKPT", may_change=True)
+
+    add = flags.add_optimization_flags(parser, epochs=100, batch_size=4096)
+    add("--optimizer", "LARS for ResNets", choices=("lars", "adamw"), default="lars")
+    number = flags.non_negative_float
+    add("--lr", "base learning rate, scaled by batch/256", type=number, default=0.6)
+    add("--wd --weight-decay", "weight decay", type=number, default=1e-6)
+    add("--warmup-epochs", "epochs of linear warm-up from 0", type=number, default=10)
+    add("--clip-grad", "largest gradient norm", type=flags.positive_float)
+    m = "momentum coefficient of the momentum encoder"
+    add("--moco-m", m, type=flags.fraction, default=0.99)
+    add("--moco-m-cos", "raise m from --moco-m to 1 by half a cosine", **switch)
+    temperature = "temperature of the contrastive loss"
+    add("--moco-t", temperature, type=flags.positive_float, default=1.0)
+
+    add = parser.group("evaluation", may_change=True)
+    count = flags.non_negative_int
+    add("--knn-every", "epochs between kNN and RankMe; 0: never", type=count, default=10)
+    add("--knn-data", "labelled images for kNN alone, in any form of DIR", metavar="DIR")
     bank = "training images that kNN searches"
-    add("--knn-bank", type=cli.positive_int, default=50_000, metavar="IMAGES", help=bank)
+    add("--knn-bank", bank, type=flags.positive_int, default=50_000)
+
+    add = flags.add_run_flags(parser)
+    save = "keep the checkpoint of every so many epochs; 0: only the last ones"
+    add("--save-every", save, type=count, default=0)
+
+    add = flags.add_hardware_flags(parser)
+    chunk = "views that pass the backbone at a time: less memory, the same gradient; 0: all"
+    add("--encode-chunk", chunk, type=count, default=0)
+    add("--compile", "torch.compile the backbones", action="store_true")
     args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser, args):
+    """What argparse can't check."""
     if args.epochs == 0:
         parser.error("--epochs 0 trains nothing (kNN alone: main_lincls.py --knn --epochs 0)")
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
-    if args.knn_data and args.val:
-        parser.error("--knn-data has images to validate: give it or --val")
-    if args.knn_every == 0 and (args.knn_data or args.val):
-        parser.error("--knn-data and --val are for kNN, which --knn-every 0 turns off")
+    if args.knn_every == 0 and args.knn_data:
+        parser.error("--knn-data is for kNN, which --knn-every 0 turns off")
     if args.init_from and args.resume not in (None, "auto"):
         parser.error("--init-from starts a run, --resume PATH continues one: give one of them")
-    return args
 
 
 def main(args):
     env = launch.init_distributed(args.device, args.amp, args.timeout)
-    run = Run(args, env, cli.output_folder(args, args.arch))
+    folder = flags.output_folder(args.output_dir, args.arch, args.data, args.knn_data)
+    checkpoints = find_checkpoints(folder, args.resume)
 
-    config = BackboneConfig.from_args(args)
-    splits = cli.load_splits_from_args(args, config.pixel_format)
-    knn_splits = cli.load_knn_splits_from_args(args, splits, config.pixel_format)
-    crops = TwoCrops(splits.train, config.img_size, args.crop_min, args.seed)
-    sampler = EpochBatchSampler(len(crops), args.batch_size, args.seed)
+    config = choose_config(flags.backbone_options(args))
+    source = flags.source(args, args.data, config.pixel_format)
+    train = source.train()
+    knn_splits, why_no_knn = choose_knn_splits(args, source, config.pixel_format)
+    crop_dataset = TwoCrops(train.dataset, config.img_size, args.crop_min, args.seed)
+    sampler = EpochBatchSampler(len(crop_dataset), args.batch_size, args.seed)
     check_schedule(args, steps_per_epoch=len(sampler))
-    loader = create_loader(crops, sampler, args.workers, env.device, persistent=True)
+    loader = create_loader(crop_dataset, sampler, args.workers, env.device, persistent=True)
 
     model = create_model(args, config, env)
     optimizer = create_optimizer(args.optimizer, model, args.lr, args.wd)
     scaler = env.grad_scaler()
+    metadata = run_metadata(config, vars(args), env, train.dataset, train.class_names)
+    state = dict(model=model, optimizer=optimizer, scaler=scaler)
+    options = flags.run_options(args)
+    run = Run(folder, env, loader, metadata, state, resume_from=checkpoints, **options)
     if args.init_from and not run.resuming:
-        message = weights.initialize_moco(model, args, config.pixel_format)
-        if message:
-            launch.print_rank0(f"init    {message}")
-    run.restore(loader, config, splits, model=model, optimizer=optimizer, scaler=scaler)
+        initialize(args, model, config.pixel_format)
+    run.resume()
     ddp_model = env.wrap_ddp(model)
-    monitor = FeatureMonitor(splits, knn_splits, config.img_size, args.knn_bank, args.workers, env)
-    print_config(args, run, model, splits, knn_splits, sampler)
-    plot_first_views(run, crops)
+    monitor = FeatureMonitor(
+        train.dataset, knn_splits, config.img_size, args.knn_bank, args.workers, env
+    )
 
     with run:
+        print_config(args, run, model, source, train, knn_splits, why_no_knn)
+        plot_first_views(run, crop_dataset)
         if args.knn_every > 0 and run.step == 0:
             evaluate(run, monitor, model)
         for epoch in range(run.epoch + 1, args.epochs + 1):
-            train_one_epoch(ddp_model, model, loader, optimizer, scaler, run)
+            train_one_epoch(args, run, ddp_model, model, loader, optimizer, scaler)
             is_last = epoch == args.epochs
             eval_due = args.knn_every > 0 and (is_last or is_due(epoch, args.knn_every))
             if eval_due:
@@ -122,18 +145,18 @@ def main(args):
             run.end_epoch(keep_as, evaluated=eval_due)
 
 
-def train_one_epoch(ddp_model, model, loader, optimizer, scaler, run):
+def train_one_epoch(args, run, ddp_model, model, loader, optimizer, scaler):
     """The steps that are left of an epoch.
 
     ddp_model averages the gradients over the ranks; the momentum update acts on `model` in it.
     """
-    args, env, pixel_format = run.args, run.env, loader.dataset.dataset.pixel_format
+    env, pixel_format = run.env, loader.dataset.dataset.pixel_format
     chance = 4 * args.moco_t * math.log(args.batch_size)  # two terms of 2τ · ln N
+    peak_lr = scaled_lr(args.lr, args.batch_size)
     grad_monitor = GradientMonitor(model.base_encoder)
     ddp_model.train()
     for crops, params in run.batches(loader):  # uint8 [2, N, C, H, W], float32 [2, N, 9]
         t = run.step / len(loader)  # in epochs
-        peak_lr = scaled_lr(args.lr, args.batch_size)
         lr = warmup_cosine_lr(t, args.epochs, args.warmup_epochs, peak_lr)
         m = cosine_momentum(t, args.epochs, args.moco_m) if args.moco_m_cos else args.moco_m
         set_lr(optimizer, lr)
@@ -165,7 +188,7 @@ def make_views(crops, params, pixel_format, dtype=torch.float32, chunk=0):
 
 def create_model(args, config, env):
     torch.manual_seed(args.seed)  # the same initial weights on every rank
-    backbone = config.create_backbone(stop_grad_conv1=args.stop_grad_conv1)
+    backbone = create_backbone(config, stop_grad_conv1=args.stop_grad_conv1)
     check_bf16_conv_gradients(backbone, config, env)
     model = MoCo(
         env.sync_batchnorm(backbone),
@@ -178,6 +201,29 @@ def create_model(args, config, env):
         use_predictor=not args.no_predictor,
     )
     return model.to(env.device)
+
+
+def initialize(args, model, pixel_format):
+    """Starts the encoders, and where they fit the heads, from --init-from."""
+    options = flags.backbone_options(args)
+    message = weights.initialize_moco(model, args.init_from, options, pixel_format)
+    if message:
+        launch.print_rank0(f"init    {message}")
+
+
+def choose_knn_splits(args, source, pixel_format):
+    """What kNN is measured on, --knn-data's images or DIR's → Splits or None, why there are none.
+
+    UserError for labels that can't be used.
+    """
+    if args.knn_every == 0:
+        return None, ""
+    if args.knn_data:
+        return load_splits(flags.source(args, args.knn_data, pixel_format)), ""
+    try:
+        return load_knn_splits(source)
+    except UserError as error:
+        raise UserError(f"{error}; --knn-every 0 pre-trains without labels") from None
 
 
 def evaluate(run, monitor, model):
@@ -193,30 +239,35 @@ def evaluate(run, monitor, model):
         run.print(f"before training: {text}{bank}")
 
 
-def print_config(args, run, model, splits, knn_splits, sampler):
+def print_config(args, run, model, source, train, knn_splits, why_no_knn):
     num_params = sum(p.numel() for p in model.parameters())
+    val, remarks = None, (*source.remarks, *train.remarks)
+    if knn_splits is not None and not args.knn_data:
+        val, remarks = knn_splits.val, knn_splits.remarks
+    if why_no_knn:
+        remarks = (f"kNN is off: {why_no_knn}", *remarks)
     peak_lr = scaled_lr(args.lr, args.batch_size)
     lines = dict(
         model=f"{args.arch}, {num_params:,} parameters with both encoders and predictor",
-        data=f"{args.data}: {splits}",
-        batch=sampler,
+        data=f"{args.data}: {describe(train.dataset, val, train.class_names, remarks)}",
+        batch=run.loader.batch_sampler,
         lr=f"{args.lr:g} · {args.batch_size}/256 = {peak_lr:g}, {args.optimizer}",
     )
     if args.knn_data:
-        lines["knn"] = f"{args.knn_data}: {knn_splits.labelled_str()}"
+        lines["knn"] = f"{args.knn_data}: {knn_splits}"
     if args.in_chans != 3:
         lines["views"] = "without saturation, hue and grayscale, which need RGB"
     run.print_config(**lines)
 
 
-def plot_first_views(run, crops, num_images=10):
+def plot_first_views(run, crop_dataset, num_images=10):
     """The first images, as the first epoch shows them, into views.png."""
     if not launch.is_main():
         return
-    keys = [(0, index) for index in range(min(num_images, len(crops)))]
-    images, params = next(unpack_batches([crops.__getitems__(keys)], run.unreadable))
-    pixel_format = crops.dataset.pixel_format
-    x1, x2 = make_views(run.env.to_device(images), params, pixel_format)
+    keys = [(0, index) for index in range(min(num_images, len(crop_dataset)))]
+    crops, params = next(unpack_batches([crop_dataset.__getitems__(keys)], run.unreadable))
+    pixel_format = crop_dataset.dataset.pixel_format
+    x1, x2 = make_views(run.env.to_device(crops), params, pixel_format)
     plots.plot_views(run.folder, x1, x2, pixel_format)
 
 

@@ -20,8 +20,8 @@ import torch
 from kept_runs import ROOT, last_value, run_script
 from PIL import Image
 
-from engine.datasets import load_splits
-from engine.decode import PixelFormat
+from engine.data.decode import PixelFormat
+from engine.data.splits import load_splits, open_source
 from engine.log import read_log
 
 
@@ -76,11 +76,11 @@ def export_subset(args, percent):
     lists = folder / f"train_{percent}.txt", folder / "val.txt"
     if not all(path.exists() for path in lists):
         gray = PixelFormat(in_chans=1, mean=(0.5,), std=(0.5,))
-        splits = load_splits(args.name, args.data_root, gray)
-        per_class = len(splits.train_labelled) * percent // 100 // splits.num_classes
-        labels = splits.train_labelled.labels
+        splits = load_splits(open_source(args.name, gray, args.data_root))
+        per_class = len(splits.train) * percent // 100 // splits.num_classes
+        labels = splits.train.labels
         first = [(labels == c).nonzero()[:per_class, 0] for c in range(splits.num_classes)]
-        export(splits.train_labelled, torch.cat(first), splits.class_names, lists[0])
+        export(splits.train, torch.cat(first), splits.class_names, lists[0])
         export(splits.val, range(len(splits.val)), splits.class_names, lists[1])
     return lists
 

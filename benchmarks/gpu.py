@@ -28,7 +28,7 @@ TAIL = 4000  # characters of the output of a job that failed
 
 # Name → command line, limit in seconds. {out}: a JSON; {run}: a run's folder; {images}: JPEGs.
 JOBS = {
-    "augmentation": (f"{PYTEST} tests/test_augmentation.py", 60),
+    "augmentation": (f"{PYTEST} tests/moco/test_augmentation.py", 60),
     "step_vit_base": ("benchmarks/step.py -a vit_base -b 256 --plain --out {out}", 90),
     "step_vit_small": ("benchmarks/step.py -a vit_small -b 512 --plain --out {out}", 90),
     "step_resnet50": (

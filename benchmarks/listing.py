@@ -16,8 +16,9 @@ from pathlib import Path
 import report  # first of ours: it makes the repository importable
 import torch
 
-from engine.datasets import dataset_digest, load_splits
-from engine.loader import EpochBatchSampler
+from engine.data.images import dataset_digest
+from engine.data.sampler import EpochBatchSampler
+from engine.data.splits import open_source
 
 
 def main():
@@ -42,9 +43,9 @@ def main():
 
         for _ in range(rounds):
             for what, where in (("class folders", folder), ("a list", str(names))):
-                splits = measure(what, load_splits, where)
-                assert (len(splits.train), splits.num_classes) == (images, 100)
-            measure("digest", dataset_digest, splits.train, splits.class_names)
+                part = measure(what, lambda where=where: open_source(where).train())
+                assert (len(part.dataset), len(part.class_names)) == (images, 100)
+            measure("digest", dataset_digest, part.dataset, part.class_names)
             measure("first batch", next, iter(EpochBatchSampler(images, 256, seed=0)))
     medians = {what: round(statistics.median(values), 2) for what, values in seconds.items()}
     report.finish(args, torch.device("cpu"), images=images, seconds=medians)

@@ -24,8 +24,9 @@ from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
-from engine.datasets import ImageFileDataset
-from engine.loader import TwoCrops, create_loader, random_crop_box, resized_crop
+from engine.data.crops import TwoCrops, random_crop_box, resized_crop
+from engine.data.images import ImageFileDataset
+from engine.data.loader import create_loader
 from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD, sample_params
 
 SIZE, CROP_MIN, BATCH = 224, 0.08, 32

@@ -42,10 +42,11 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import main_moco
-from engine.backbones import create_backbone
-from engine.datasets import ImageFileDataset
+from engine.backbones import BackboneConfig, create_backbone
+from engine.data.crops import TwoCrops
+from engine.data.images import ImageFileDataset
+from engine.data.loader import create_loader, unpack_batches
 from engine.launch import init_distributed
-from engine.loader import TwoCrops, create_loader, unpack_batches
 from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from moco.builder import ends_in_batchnorm
 
@@ -252,13 +253,14 @@ class Ours:
 
     def train(self, loader, batches):
         side = self.side
-        run = RunFromLoader(side.args, side.env, batches)
-        main_moco.train_one_epoch(self.model, self.model, loader, side.optimizer, side.scaler, run)
+        run = RunFromLoader(side.env, batches)
+        state = self.model, self.model, loader, side.optimizer, side.scaler
+        main_moco.train_one_epoch(side.args, run, *state)
 
 
 class RunFromLoader(RunInMemory):
-    def __init__(self, args, env, batches):
-        super().__init__(args, env)
+    def __init__(self, env, batches):
+        super().__init__(env)
         self.timed_batches = batches
 
     def batches(self, loader):
@@ -276,7 +278,7 @@ class OtherLibrary:
         torch.manual_seed(0)
         self.dataset = self.create_dataset(folder)
         self.num_images = len(self.dataset)
-        backbone = create_backbone(args.arch, args.img_size)
+        backbone = create_backbone(BackboneConfig(args.arch, args.img_size))
         self.num_layers = 2 if ends_in_batchnorm(backbone) else 3  # of the projector
         self.model = self.create_model(backbone).to(env.device).train()
         params = [p for p in self.model.parameters() if p.requires_grad]

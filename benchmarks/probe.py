@@ -15,7 +15,7 @@ import torch
 from step import RepeatedBatch, RunInMemory
 
 import main_lincls
-from engine.backbones import create_backbone
+from engine.backbones import BackboneConfig, create_backbone
 from engine.launch import init_distributed
 
 
@@ -34,7 +34,8 @@ def main():
 
     env = init_distributed(args.device, args.amp)
     torch.manual_seed(0)
-    backbone = create_backbone(args.arch).requires_grad_(False).eval().to(env.device)
+    backbone = create_backbone(BackboneConfig(args.arch)).to(env.device)
+    backbone.requires_grad_(False).eval()
     crops = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8)
     loader = RepeatedBatch((crops, torch.randint(args.classes, (batch_size,))), 1)
 
@@ -45,14 +46,14 @@ def main():
         )
         classifiers = main_lincls.create_classifiers(rates, backbone.num_features, args.classes)
         optimizer = main_lincls.create_sgd(classifiers.to(env.device))
-        setups[count] = classifiers, backbone, loader, optimizer, RunInMemory(rates, env)
+        setups[count] = rates, RunInMemory(env), classifiers, backbone, loader, optimizer
 
     seconds = {count: [] for count in setups}
     for step in range(steps + 2):  # the first two warm up; one and ten take turns
         for count, setup in setups.items():
             start = time.perf_counter()
             main_lincls.train_one_epoch(*setup)
-            setup[-1].loss.cpu()  # waits for the device
+            setup[1].loss.cpu()  # waits for the device
             if step >= 2:
                 seconds[count].append(time.perf_counter() - start)
     one, ten = (statistics.median(seconds[count]) for count in (1, 10))

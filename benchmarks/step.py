@@ -27,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import main_moco
 import moco.builder
-from engine.backbones import BackboneConfig
-from engine.decode import RGB
+from engine import flags
+from engine.backbones import choose_config
+from engine.data.decode import RGB
 from engine.launch import Env, init_distributed
 from moco import create_optimizer, sample_params
 from moco.gradients import GradientMonitor
@@ -123,7 +124,7 @@ class Side:
         self.args = main_moco.parse_args(argv.split() + (["--compile"] if args.compile else []))
         self.env, self.waits = env, levers.get("no_wait") is False
         self.monitors = levers.get("grad_monitor", True)
-        config = BackboneConfig.from_args(self.args)
+        config = choose_config(flags.backbone_options(self.args))
         self.model = model = main_moco.create_model(self.args, config, env)
         self.optimizer = create_optimizer(args.optimizer, self.model, 0, 0.1)
         self.scaler = env.grad_scaler()
@@ -169,14 +170,14 @@ class Side:
 
     def train(self, steps=1):
         """The same without waiting for the loss, which stays on the device."""
-        run = RunInMemory(self.args, self.env, self.waits)
+        run = RunInMemory(self.env, self.waits)
         loader = RepeatedBatch(self.batch, steps)
-        state = self.model, self.model, loader, self.optimizer, self.scaler, run
+        state = self.model, self.model, loader, self.optimizer, self.scaler
         if self.monitors:
-            main_moco.train_one_epoch(*state)
+            main_moco.train_one_epoch(self.args, run, *state)
         else:
             with patch.object(main_moco, "GradientMonitor", lambda encoder: dict):
-                main_moco.train_one_epoch(*state)
+                main_moco.train_one_epoch(self.args, run, *state)
         return run.loss
 
     def parts(self, steps):
@@ -227,8 +228,8 @@ class RunInMemory:
     waits: for the device after each step.
     """
 
-    def __init__(self, args, env, waits=False):
-        self.args, self.env, self.waits = args, env, waits
+    def __init__(self, env, waits=False):
+        self.env, self.waits = env, waits
         self.epoch = self.step = 0
 
     def batches(self, loader):

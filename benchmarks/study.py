@@ -25,10 +25,13 @@ import report  # first of ours: it makes the repository importable
 import torch
 from kept_runs import ROOT, last_value, run_script
 
-from engine import checkpoint as checkpoints
 from engine.log import read_log
+from engine.spikes import SpikeDetector
 
-CURVES = ("knn", "grad_linf/first_max", "grad_linf/last_max")
+GRADIENTS = ("grad_linf/first_max", "grad_linf/last_max")
+CURVES = ("knn", *GRADIENTS)
+STEPS_PER_POINT = 10  # of a curve of gradients: their maximum
+MAX_LAG = 100  # steps from a spike in the first layer to the one in the last that belongs to it
 
 
 def read_study(path):
@@ -72,23 +75,50 @@ def run_grid(study, common, blocks, args):
 
 def run(names, flags, seed, folder, args):
     """One pre-training and its probe → what is reported of it."""
-    common = ["--seed", seed, "--workers", 1]
+    common = ["--seed", seed, "--workers", 1, "--print-freq", 1]  # spikes are found in the log
     done = run_script(folder, args.threads, "main_moco.py", *flags, *common)
     result = dict(setting=names, seed=seed, flags=shlex.join(flags)) | done
 
     lines = read_log(folder / "log.jsonl")
     curves = {name: [(x["epoch"], x[name]) for x in lines if name in x] for name in CURVES}
+    curves |= {name: maxima(curves[name]) for name in GRADIENTS}
     result["git"] = json.loads((folder / "args.json").read_text())["versions"]["git"]
     result["knn"] = curves["knn"][-1][1]
-    if (folder / "checkpoint.pth").exists():
-        spikes = checkpoints.load(folder / "checkpoint.pth")["spikes"]
-        result |= dict(spikes=spikes["counts"], lags=spikes["lags"], dips=spikes["num_dips"])
+    result |= find_spikes(lines)
     if args.probe and not result["diverged"]:
         probe = [*shlex.split(args.probe), "--pretrained", folder / "checkpoint.pth"]
         run_script(folder / "probe", args.threads, "main_lincls.py", *probe, "--seed", seed)
         result["probe"] = last_value(read_log(folder / "probe" / "log.jsonl"), "acc1")
     result["curves"] = {name: rounded(points) for name, points in curves.items()}
     return result
+
+
+def find_spikes(lines):
+    """Lines of a log with one for each step → how many spikes and dips, and the lags of spikes.
+
+    lags: steps by which spikes in the first layer came before those in the last block.
+    """
+    detector, first_step, lags = SpikeDetector(), None, []
+    for line in lines:
+        if "knn" in line and line["step"] > 0:
+            detector.update_knn(line["knn"])
+        if not all(name in line for name in GRADIENTS):
+            continue
+        before = dict(detector.counts)
+        detector.update(line["step"], first=line[GRADIENTS[0]], last=line[GRADIENTS[1]])
+        if detector.counts["first"] > before["first"]:
+            first_step = line["step"]
+        if detector.counts["last"] > before["last"] and first_step is not None:
+            if line["step"] - first_step <= MAX_LAG:
+                lags.append(line["step"] - first_step)
+            first_step = None
+    return dict(spikes=detector.counts, lags=lags, dips=detector.num_dips)
+
+
+def maxima(points):
+    """[(epoch, value)] of every step → of every STEPS_PER_POINT steps, the largest value."""
+    groups = [points[i : i + STEPS_PER_POINT] for i in range(0, len(points), STEPS_PER_POINT)]
+    return [(group[-1][0], max(value for _, value in group)) for group in groups]
 
 
 def rounded(points):
@@ -106,11 +136,10 @@ def summarize(runs):
             if numbers:
                 mean = statistics.mean(numbers)
                 values[key] = [round(x, 2) for x in (mean, min(numbers), max(numbers))]
-        spikes = [r["spikes"] for r in group if "spikes" in r]
         for place in ("first", "last"):
-            values[f"spikes_{place}"] = sum(counts[place] for counts in spikes)
-        values["dips"] = sum(r.get("dips", 0) for r in group)
-        lags = [lag for r in group for lag in r.get("lags", [])]
+            values[f"spikes_{place}"] = sum(r["spikes"][place] for r in group)
+        values["dips"] = sum(r["dips"] for r in group)
+        lags = [lag for r in group for lag in r["lags"]]
         if lags:
             values["median_lag"] = statistics.median(lags)
         summary[", ".join(setting)] = values

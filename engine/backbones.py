@@ -1,7 +1,7 @@
 """Every backbone by its `-a` name: our ViTs, torchvision's ResNets, and timm/NAME.
 
-    from engine.backbones import create_backbone
-    backbone = create_backbone("timm/convnext_tiny", img_size=(96, 160))
+    from engine.backbones import BackboneConfig, create_backbone
+    backbone = create_backbone(BackboneConfig("timm/convnext_tiny", img_size=(96, 160)))
     backbone(x)                                                  # [N, backbone.num_features]
 
 It comes without a classifier: an Identity stands at `backbone.classifier_name`, `head` in a ViT,
@@ -9,16 +9,16 @@ It comes without a classifier: an Identity stands at `backbone.classifier_name`,
 """
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import timm
 import torch
 import torchvision
-from timm.layers import DropPath, PatchEmbed
+from timm.layers import PatchEmbed
 from torch import nn
 
 import vits
-from engine.decode import PixelFormat
+from engine.data.decode import MAX_PIXELS, RGB, PixelFormat
 from engine.errors import UserError, first_line
 from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from vits import VITS, check_patches, size_to_str, to_pair
@@ -35,7 +35,8 @@ GRAY_MEAN, GRAY_STD = 0.449, 0.226  # averages of ImageNet's
 class BackboneConfig:
     """What a checkpoint states so that its backbone can be created again.
 
-    img_size, patch_size: (height, width) in pixels; patch_size None: the arch's own.
+    img_size, patch_size: one side or (height, width), in pixels; patch_size None: the arch's own.
+    small_stem: of a ResNet, see create_resnet. pos_embed, pool: of our ViTs.
     interpolation: of the images that are measured, when they are resized.
     """
 
@@ -45,46 +46,8 @@ class BackboneConfig:
     small_stem: bool = False
     pos_embed: str = "sincos"
     pool: str = "token"
-    pixel_format: PixelFormat = field(default_factory=PixelFormat)
+    pixel_format: PixelFormat = RGB
     interpolation: str = "bilinear"
-
-    @classmethod
-    def from_args(cls, args, checkpoint=None):
-        """By the flags, else as `checkpoint` states it, else the defaults.
-
-        UserError where flags contradict the checkpoint, or --mean and --std the channels.
-        """
-        checkpoint, path = checkpoint or {}, getattr(args, "pretrained", None)
-        arch = checkpoint.get("arch") or args.arch
-        if args.arch not in (None, arch):
-            raise UserError(f"{path} holds {arch}, not {args.arch}: drop -a {args.arch}")
-        stored_chans = checkpoint.get("in_chans")
-        if stored_chans and args.in_chans not in (None, stored_chans):
-            raise UserError(
-                f"{path} is for {stored_chans} channel(s): drop --in-chans {args.in_chans}"
-            )
-        return cls(
-            arch=arch,
-            img_size=args.img_size or checkpoint.get("img_size") or (224, 224),
-            patch_size=args.patch_size or checkpoint.get("patch_size"),
-            small_stem=args.small_stem or checkpoint.get("small_stem", False),
-            pos_embed=getattr(args, "pos_embed", None) or checkpoint.get("vit_pos_embed", "sincos"),
-            pool=getattr(args, "pool", None) or checkpoint.get("vit_pool", "token"),
-            pixel_format=pixel_format_from_args(args, checkpoint),
-        )
-
-    def create_backbone(self, stop_grad_conv1=False, drop_path=0.0):
-        return create_backbone(
-            self.arch,
-            self.img_size,
-            self.patch_size,
-            stop_grad_conv1,
-            drop_path,
-            self.pixel_format.in_chans,
-            self.small_stem,
-            self.pos_embed,
-            self.pool,
-        )
 
     def to_dict(self):
         """Flat, as checkpoints and args.json hold it."""
@@ -103,87 +66,106 @@ class BackboneConfig:
         )
 
 
-def pixel_format_from_args(args, checkpoint):
-    """ImageNet's mean and std by default; their averages where there are not three channels."""
-    n = args.in_chans or checkpoint.get("in_chans") or 3
-    is_rgb = n == 3
-    mean = args.mean or checkpoint.get("mean") or (IMAGENET_MEAN if is_rgb else (GRAY_MEAN,) * n)
-    std = args.std or checkpoint.get("std") or (IMAGENET_STD if is_rgb else (GRAY_STD,) * n)
+def choose_config(options, stated=None, path=None):
+    """By the options, else as the file at `path` states it, else the defaults → BackboneConfig.
+
+    options: arch, img_size, patch_size, small_stem, in_chans, mean, std, max_value, max_pixels,
+    pos_embed, pool, as the flags of these names; None or missing: not given. stated: by the keys of
+    BackboneConfig.to_dict. UserError where options contradict the file, or mean and std the
+    channels.
+    """
+    stated = stated or {}
+    arch, in_chans = options.get("arch"), options.get("in_chans")
+    if arch not in (None, stated.get("arch", arch)):
+        raise UserError(f"{path} holds {stated['arch']}, not {arch}: drop -a {arch}")
+    if stated.get("in_chans") and in_chans not in (None, stated["in_chans"]):
+        raise UserError(
+            f"{path} is for {stated['in_chans']} channel(s): drop --in-chans {in_chans}"
+        )
+    chosen = {name: value for name, value in stated.items() if value}
+    chosen |= {name: value for name, value in options.items() if value}
+    n, patch_size = chosen.get("in_chans", 3), chosen.get("patch_size")
+    # The averages of ImageNet's where there are not three channels.
+    mean = chosen.get("mean", IMAGENET_MEAN if n == 3 else (GRAY_MEAN,) * n)
+    std = chosen.get("std", IMAGENET_STD if n == 3 else (GRAY_STD,) * n)
     for flag, values in (("--mean", mean), ("--std", std)):
         if len(values) != n:
             raise UserError(f"{flag} takes one number per channel: {n}, not {len(values)}")
-    max_value = args.max_value or checkpoint.get("max_value")
-    return PixelFormat(n, tuple(mean), tuple(std), max_value, args.max_pixels)
+    max_value, max_pixels = chosen.get("max_value"), chosen.get("max_pixels", MAX_PIXELS)
+    return BackboneConfig(
+        arch=chosen["arch"],
+        img_size=to_pair(chosen.get("img_size") or default_img_size(chosen["arch"])),
+        patch_size=to_pair(patch_size) if patch_size else None,
+        small_stem=chosen.get("small_stem", False),
+        pos_embed=chosen.get("pos_embed") or chosen.get("vit_pos_embed", "sincos"),
+        pool=chosen.get("pool") or chosen.get("vit_pool", "token"),
+        pixel_format=PixelFormat(n, tuple(mean), tuple(std), max_value, max_pixels),
+    )
 
 
-def create_backbone(
-    arch,
-    img_size=224,
-    patch_size=None,
-    stop_grad_conv1=False,
-    drop_path=0.0,
-    in_chans=3,
-    small_stem=False,
-    pos_embed="sincos",
-    pool="token",
-):
-    """A backbone without classifier by its `-a` name; ValueError for what can't act on it.
+def default_img_size(arch):
+    """(height, width) that timm states for its model; 224 for all others."""
+    pretrained_cfg = timm.get_pretrained_cfg(arch[5:]) if arch.startswith("timm/") else None
+    return (224, 224) if pretrained_cfg is None else pretrained_cfg.input_size[1:]
 
-    img_size, patch_size: an int or (height, width), in pixels; patch_size None: the arch's own.
+
+def create_backbone(config, stop_grad_conv1=False, drop_path=0.0):
+    """A backbone without classifier; UserError for an option that can't act on it.
+
     drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
-    small_stem: a ResNet for small images, see create_resnet. pos_embed, pool: of our ViTs.
     """
-    is_default = pos_embed == "sincos" and pool == "token"
-    if arch not in VITS and not is_default:
+    arch = config.arch
+    if arch not in VITS and (config.pos_embed, config.pool) != ("sincos", "token"):
         raise UserError(f"--pos-embed and --pool are for the ViTs of vits.py, not for {arch}")
-    if small_stem and arch not in RESNETS:
+    if arch not in RESNETS and config.small_stem:
         raise UserError(f"--small-stem is for torchvision's ResNets, not for {arch}: drop it")
     if arch in VITS:
-        options = dict(pos_embed=pos_embed, pool=pool)
-        return create_vit(
-            arch, img_size, patch_size, stop_grad_conv1, drop_path, in_chans, **options
-        )
-    if arch in RESNETS:
-        if stop_grad_conv1:
-            raise UserError(f"--stop-grad-conv1 is for ViTs, not for {arch}: drop it")
-        if patch_size:
-            raise UserError(f"--patch-size is for ViTs, not for {arch}: drop it")
-        if drop_path:
-            raise UserError(f"--drop-path is for ViTs, not for {arch}: --drop-path 0")
-        return create_resnet(arch, in_chans, small_stem)
+        return create_vit(config, stop_grad_conv1, drop_path)
     if arch.startswith("timm/") and timm.is_model(arch[5:]):
-        return create_timm(arch, img_size, patch_size, stop_grad_conv1, drop_path, in_chans)
-    raise unknown_arch(arch)
+        return create_timm(config, stop_grad_conv1, drop_path)
+    if arch not in RESNETS:
+        raise unknown_arch(arch)
+    for_vits = {
+        "--stop-grad-conv1": stop_grad_conv1,
+        "--patch-size": config.patch_size,
+        "--drop-path": drop_path,
+    }
+    for flag, value in for_vits.items():
+        if value:
+            raise UserError(f"{flag} is for ViTs, not for {arch}: turn it off")
+    return create_resnet(config)
 
 
-def create_vit(arch, img_size, patch_size, stop_grad_conv1, drop_path, in_chans, **options):
-    options |= dict(
-        img_size=img_size,
-        stop_grad_conv1=stop_grad_conv1,
-        drop_path_rate=drop_path,
-        in_chans=in_chans,
-        num_classes=0,
-    )
-    if patch_size:
-        options["patch_size"] = patch_size
+def create_vit(config, stop_grad_conv1, drop_path):
+    own_patch_size = dict(patch_size=config.patch_size) if config.patch_size else {}
     try:
-        return getattr(vits, arch)(**options)
+        return getattr(vits, config.arch)(
+            img_size=config.img_size,
+            stop_grad_conv1=stop_grad_conv1,
+            drop_path_rate=drop_path,
+            in_chans=config.pixel_format.in_chans,
+            num_classes=0,
+            pos_embed=config.pos_embed,
+            pool=config.pool,
+            **own_patch_size,
+        )
     except ValueError as error:
-        raise UserError(f"{arch}: {error}") from None
+        raise UserError(f"{config.arch}: {error}") from None
 
 
-def create_resnet(arch, in_chans=3, small_stem=False):
+def create_resnet(config):
     """torchvision's; the last BatchNorm of each residual branch is initialized to zero.
 
     small_stem: a 3×3 convolution with stride 1 in place of the 7×7 with stride 2, and no
     max-pooling, as is usual for images of 32 pixels (He et al. 2015, Sec. 4.2).
     """
-    resnet = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
-    kernel, stride = (3, 1) if small_stem else (7, 2)
-    if small_stem or in_chans != 3:
+    resnet = torchvision.models.get_model(config.arch, weights=None, zero_init_residual=True)
+    in_chans = config.pixel_format.in_chans
+    kernel, stride = (3, 1) if config.small_stem else (7, 2)
+    if config.small_stem or in_chans != 3:
         resnet.conv1 = nn.Conv2d(in_chans, 64, kernel, stride, padding=kernel // 2, bias=False)
         nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
-    if small_stem:
+    if config.small_stem:
         resnet.maxpool = nn.Identity()
     resnet.num_features, resnet.classifier_name = resnet.fc.in_features, "fc"
     resnet.fc = nn.Identity()
@@ -192,21 +174,29 @@ def create_resnet(arch, in_chans=3, small_stem=False):
     return resnet.to(memory_format=torch.channels_last)  # faster (benchmarks/step.py)
 
 
-def create_timm(arch, img_size, patch_size, stop_grad_conv1, drop_path, in_chans):
+def create_timm(config, stop_grad_conv1, drop_path):
     """timm's model with random weights, as timm initializes them, and without dropout.
 
     Its timm_args are what timm.create_model takes to make it again.
     """
+    arch, img_size, in_chans = config.arch, to_pair(config.img_size), config.pixel_format.in_chans
     if "." in arch:
         raise UserError(f"{arch} names weights, but they begin at random: -a {arch.split('.')[0]}")
-    options = dict(img_size=to_pair(img_size), drop_rate=0.0, drop_path_rate=drop_path)
-    if patch_size:
-        height, width = to_pair(patch_size)  # convnets take one number
+    options = dict(img_size=img_size, drop_rate=0.0, drop_path_rate=drop_path)
+    if config.patch_size:
+        height, width = to_pair(config.patch_size)  # convnets take one number
         options["patch_size"] = height if height == width else (height, width)
     backbone, accepted = _create_model_dropping_unknown_options(arch, in_chans, options)
-    _check_options_act(backbone, arch, img_size, patch_size, drop_path, accepted)
+    if config.patch_size and "patch_size" not in accepted:
+        raise UserError(f"--patch-size does not act on {arch}: drop it")
+    if drop_path and "drop_path_rate" not in accepted:
+        raise UserError(f"--drop-path does not act on {arch}: --drop-path 0")
+    patch_embed = getattr(backbone, "patch_embed", None)
     if stop_grad_conv1:
-        _freeze_patch_projection(backbone, arch, in_chans)
+        projection = getattr(patch_embed, "proj", None)
+        if not isinstance(projection, nn.Conv2d) or projection.in_channels != in_chans:
+            raise UserError(f"--stop-grad-conv1 has no patch projection to fix in {arch}: drop it")
+        projection.requires_grad_(False)
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):  # a few have some that drop_rate does not reach
             module.p = 0.0
@@ -214,11 +204,11 @@ def create_timm(arch, img_size, patch_size, stop_grad_conv1, drop_path, in_chans
     backbone.timm_args = accepted
     backbone.classifier_name = _classifier_name(backbone, arch)
     try:
+        if isinstance(patch_embed, PatchEmbed):  # it would ignore the last rows and columns
+            check_patches(img_size, patch_embed.patch_size)
         h = dry_run(backbone, img_size, in_chans)
-        if h.ndim != 2:
-            raise ValueError("they are not vectors")
-        if not h.isfinite().all():
-            raise ValueError("they are not finite")
+        if h.ndim != 2 or not h.isfinite().all():
+            raise ValueError("they are not finite vectors")
     except Exception as error:  # each has its own way to fail at a size
         size = size_to_str(img_size)
         raise UserError(f"{arch} has no features at {size} pixels: {first_line(error)}") from None
@@ -230,8 +220,7 @@ def create_timm(arch, img_size, patch_size, stop_grad_conv1, drop_path, in_chans
 def _create_model_dropping_unknown_options(arch, in_chans, options):
     """timm's model → backbone, those of the options that it takes.
 
-    timm does not say which ones a model takes: it raises a TypeError that names one it does not,
-    such as "__init__() got an unexpected keyword argument 'img_size'".
+    timm raises a TypeError for another: "… got an unexpected keyword argument 'img_size'".
     """
     try:
         while True:
@@ -246,49 +235,20 @@ def _create_model_dropping_unknown_options(arch, in_chans, options):
                     raise
                 options = kept
     except Exception as error:
-        given = ", ".join(f"{name} {value}" for name, value in options.items())
-        raise UserError(f"timm can't build {arch} with {given}: {first_line(error)}") from None
-
-
-def _check_options_act(backbone, arch, img_size, patch_size, drop_path, accepted):
-    """UserError for an option without effect: older releases of timm accept what they ignore."""
-    kernels = [m.kernel_size for m in backbone.modules() if isinstance(m, nn.Conv2d)]
-    if patch_size and not ("patch_size" in accepted and to_pair(patch_size) in kernels):
-        raise UserError(f"--patch-size does not act on {arch}: drop it")
-    if drop_path and not any(isinstance(m, DropPath) and m.drop_prob for m in backbone.modules()):
-        raise UserError(f"--drop-path does not act on {arch}: --drop-path 0")
-    patch_embed = getattr(backbone, "patch_embed", None)
-    if isinstance(patch_embed, PatchEmbed):  # it would ignore the last rows and columns
-        try:
-            check_patches(to_pair(img_size), patch_embed.patch_size)
-        except ValueError as error:
-            raise UserError(f"{arch}: {error}") from None
-
-
-def _freeze_patch_projection(backbone, arch, in_chans):
-    projection = getattr(getattr(backbone, "patch_embed", None), "proj", None)
-    if not isinstance(projection, nn.Conv2d) or projection.in_channels != in_chans:
-        raise UserError(f"--stop-grad-conv1 has no patch projection to fix in {arch}: drop it")
-    projection.requires_grad_(False)
+        raise UserError(f"timm can't build {arch} with {options}: {first_line(error)}") from None
 
 
 def _classifier_name(backbone, arch):
     """Where num_classes=0 left an Identity: timm's name of the classifier, or of what held it."""
     name = (backbone.pretrained_cfg or {}).get("classifier")
-    if not isinstance(name, str):
-        what = "several classifiers" if name else "none that timm removes"
-        raise UserError(f"the projector replaces the classifier, and {arch} has {what}")
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):  # the longest existing prefix
-        prefix = ".".join(parts[:length])
-        try:
-            module = backbone.get_submodule(prefix)
-        except AttributeError:
-            continue
-        if isinstance(module, nn.Identity):
-            return prefix
-        break
-    raise UserError(f"the projector replaces the classifier, and {arch} has none that timm removes")
+    modules = dict(backbone.named_modules())
+    if isinstance(name, str):
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        if isinstance(modules[name], nn.Identity):
+            return name
+    what = "several classifiers" if isinstance(name, tuple) else "none that timm removes"
+    raise UserError(f"the projector replaces the classifier, and {arch} has {what}")
 
 
 class Classifier(nn.Linear):
@@ -335,10 +295,7 @@ def check_bf16_conv_gradients(backbone, config, env):
 
 def unknown_arch(arch):
     """The error for an unknown name, with the nearest known one."""
-    names = {f"timm/{name}": name for name in timm.list_models()}
-    if not arch.startswith("timm/"):
-        names |= {name: name for name in (*VITS, *RESNETS)}
-    bare = {short: name for name, short in names.items()}  # ours, where timm has the same
-    near = bare[difflib.get_close_matches(arch.removeprefix("timm/"), bare, n=1, cutoff=0)[0]]
+    names = [*VITS, *RESNETS, *(f"timm/{name}" for name in timm.list_models())]
+    [near] = difflib.get_close_matches(arch, names, n=1, cutoff=0)
     known = " ".join([*VITS, *RESNETS, "timm/NAME"])
     return UserError(f"unknown arch {arch!r}, did you mean {near!r}? Known: {known}")

@@ -21,3 +21,11 @@ def printable(text):
 def first_line(error):
     """The first line of an exception's message, or its type's name if it has no message."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def join_some(names, most=5):
+    """The names, separated by commas; where they are more than `most`, the first ones and "…"."""
+    names = list(names)
+    if len(names) > most:
+        names = [*names[:most], "…"]
+    return ", ".join(names)

@@ -8,16 +8,16 @@ import math
 from contextlib import contextmanager
 
 import torch
-from tqdm import tqdm
 
-from engine.datasets import ArrayDataset, evenly_spaced
+from engine.data.crops import CenterCrops
+from engine.data.images import ArrayDataset, evenly_spaced
+from engine.data.loader import create_loader, unpack_batches
 from engine.errors import UserError
 from engine.launch import all_reduce_sum
-from engine.loader import CenterCrops, UnreadableImages, create_loader, unpack_batches
 from engine.signals import check_signals
 from moco.augmentation import normalize
 from moco.builder import l2_normalize
-from moco.distributed import is_main, rank, world_size
+from moco.distributed import rank, world_size
 
 EVAL_BATCH_SIZE = 256  # images of one forward pass on one rank
 RANKME_IMAGES = 25_600  # as in its paper
@@ -38,8 +38,8 @@ def iterate_eval_batches(
     chunks = torch.arange(len(indices)).split(EVAL_BATCH_SIZE)
     max_batches = math.ceil(len(chunks) / world_size())  # of the ranks with the most
     chunks = chunks[rank() :: world_size()]
-    crops = CenterCrops(dataset, img_size, interpolation)
-    loader = create_loader(crops, [indices[chunk] for chunk in chunks], workers, env.device)
+    crop_dataset = CenterCrops(dataset, img_size, interpolation)
+    loader = create_loader(crop_dataset, [indices[chunk] for chunk in chunks], workers, env.device)
     mean, std = dataset.pixel_format.mean, dataset.pixel_format.std
     for chunk, (images, positions) in zip(chunks, unpack_batches(loader, unreadable)):
         if len(positions):
@@ -106,7 +106,7 @@ class KNN:
     """
 
     def __init__(self, splits, img_size, bank_size, workers, env):
-        num_images = len(splits.train_labelled)
+        num_images = len(splits.train)
         self.bank_indices = evenly_spaced(num_images, bank_size or num_images)
         self.k = min(200 if len(self.bank_indices) >= 10_000 else 20, len(self.bank_indices))
         self.splits, self.settings, self.env = splits, (img_size, workers, env), env
@@ -115,18 +115,17 @@ class KNN:
     def __call__(self, encoder, unreadable=None, k_values=None):
         """encoder: images → features [N, encoder.num_features] → accuracy in %, for each k."""
         with eval_mode(encoder):
-            return self.accuracy(
-                encoder, *self.encode_bank(encoder, unreadable), unreadable, k_values
-            )
+            bank, is_read = self.encode_bank(encoder, unreadable)
+            return self.accuracy(encoder, bank, is_read, unreadable, k_values)
 
     def encode_bank(self, encoder, unreadable=None):
         """Features [b, d] of the bank's images, which of them were read [b]; on every rank."""
-        dataset = self.splits.train_labelled
+        dataset = self.splits.train
         return encode_dataset(encoder, dataset, self.bank_indices, *self.settings, unreadable)
 
     def accuracy(self, encoder, bank, is_read, unreadable=None, k_values=None):
         """bank, is_read: as encode_bank returns them → accuracy in %, for each k."""
-        labels = self.splits.train_labelled.labels[self.bank_indices].to(self.env.device)
+        labels = self.splits.train.labels[self.bank_indices].to(self.env.device)
         if not is_read.all():
             bank, labels = bank[is_read], labels[is_read]
         if len(bank) == 0:
@@ -148,22 +147,21 @@ class KNN:
 
 
 class FeatureMonitor:
-    """What features are worth during pre-training: RankMe, and kNN where there are labels.
+    """The quality of features during pre-training: RankMe, and kNN where there are labels.
 
-    splits: the training images; knn_splits: those of kNN, the same or others. RankMe is measured on
-    at most RANKME_IMAGES training images, un-augmented.
+    dataset: the training images; knn_splits: labelled ones for kNN, the same or others, or None.
+    RankMe is that of at most RANKME_IMAGES training images, which kNN's bank may hold already.
     """
 
-    def __init__(self, splits, knn_splits, img_size, bank_size, workers, env):
+    def __init__(self, dataset, knn_splits, img_size, bank_size, workers, env):
         self.knn = None
-        if knn_splits.val is not None:
+        if knn_splits is not None:
             self.knn = KNN(knn_splits, img_size, bank_size, workers, env)
-        self.dataset, self.settings = splits.train, (img_size, workers, env)
-        num_images = min(len(splits.train), RANKME_IMAGES)
+        self.dataset, self.settings = dataset, (img_size, workers, env)
         self.shares_bank = (
             self.knn is not None
-            and splits.train is knn_splits.train_labelled
-            and len(self.knn.bank_indices) >= num_images
+            and knn_splits.train is dataset
+            and len(self.knn.bank_indices) >= min(len(dataset), RANKME_IMAGES)
         )
 
     @torch.no_grad()
@@ -172,16 +170,16 @@ class FeatureMonitor:
         values = {}
         with eval_mode(encoder):
             if self.knn is not None:
-                bank, is_read = self.knn.encode_bank(encoder, unreadable)
-                [values["knn"]] = self.knn.accuracy(encoder, bank, is_read, unreadable)
+                h, is_read = self.knn.encode_bank(encoder, unreadable)
+                [values["knn"]] = self.knn.accuracy(encoder, h, is_read, unreadable)
             if not self.shares_bank:
                 indices = evenly_spaced(len(self.dataset), RANKME_IMAGES)
-                bank, is_read = encode_dataset(
+                h, is_read = encode_dataset(
                     encoder, self.dataset, indices, *self.settings, unreadable
                 )
-        features = bank[is_read]
-        features = features[evenly_spaced(len(features), RANKME_IMAGES).to(features.device)]
-        return values | {"rankme": rankme(features)}
+        h = h[is_read]
+        indices = evenly_spaced(len(h), RANKME_IMAGES).to(h.device)
+        return values | {"rankme": rankme(h[indices])}
 
 
 @contextmanager
@@ -234,8 +232,8 @@ class AccuracyRecord:
 
     def update(self, accuracies, epoch):
         """accuracies: [(acc1, acc5)] after `epoch` → whether each is the best so far."""
-        self.last = [(acc1, acc5) for acc1, acc5 in accuracies]
-        is_best = [acc1 > best[0] for (acc1, _), best in zip(self.last, self.best)]
+        self.last = accuracies
+        is_best = [last[0] > best[0] for last, best in zip(self.last, self.best)]
         for i, (acc1, _) in enumerate(self.last):
             if is_best[i]:
                 self.best[i] = (acc1, epoch)
@@ -245,31 +243,4 @@ class AccuracyRecord:
         return dict(last=self.last, best=self.best)
 
     def load_state_dict(self, state):
-        """TypeError if the state is not that of as many classifiers."""
-        for name in ("last", "best"):
-            pairs = state[name]
-            if len(pairs) != len(self.last):
-                raise TypeError(f"{name!r} is of {len(pairs)} classifiers, not {len(self.last)}")
-            for pair in pairs:
-                if len(pair) != 2 or not all(isinstance(value, int | float) for value in pair):
-                    raise TypeError(f"{name!r} does not hold pairs of numbers")
-            setattr(self, name, [tuple(pair) for pair in pairs])
-
-
-@torch.no_grad()
-def embed(encoder, dataset, indices, img_size, workers, env):
-    """This rank's batches of the images `indices` → positions in `indices` [n], float32 [n, d].
-
-    The second are the encoder's features. Images that can't be read are in no batch, and are
-    reported on stderr. All ranks call this and exhaust it.
-    """
-    unreadable = UnreadableImages(max_fraction=1, num_images=len(dataset))
-    batches = iterate_eval_batches(dataset, indices, img_size, workers, env, unreadable)
-    hide_bar = None if is_main() else True  # None: where stderr is not a terminal
-    with tqdm(total=len(indices), unit=" images", disable=hide_bar) as bar:
-        for positions, images in batches:
-            with env.autocast():
-                h = encoder(images)
-            yield positions, h.float()
-            num_done = world_size() * len(positions)  # the other ranks' as well
-            bar.update(min(num_done, len(indices) - bar.n))
+        self.last, self.best = state["last"], state["best"]

@@ -2,9 +2,7 @@
 
 import inspect
 import os
-import pickle
 import re
-import tempfile
 import time
 import uuid
 import warnings
@@ -18,9 +16,9 @@ from timm.layers import convert_sync_batchnorm, set_fused_attn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.errors import UserError
+from engine.errors import UserError, join_some
 from moco.batchnorm import ViewBatchNorm
-from moco.distributed import all_gather, is_main, rank, world_size
+from moco.distributed import is_main, world_size
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,12 @@ class Env:
         return moved[0] if len(moved) == 1 else moved
 
     def wrap_ddp(self, model):
-        """DistributedDataParallel over all processes; the model itself in a single process.
-
-        Buffers are not broadcast: BatchNorm sees the batch of all ranks, so they are equal already.
-        """
+        """DistributedDataParallel over all processes; the model itself in a single process."""
         if world_size() == 1:
             return model
         # gloo's layout of a 1×1 convolution's gradient: a copy, not an error.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        # The first is the new name; the old one warns where both are known.
+        # Equal on all ranks, for BatchNorm sees their batch. The older name warns in new torch.
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return DistributedDataParallel(
@@ -86,9 +81,8 @@ class Env:
 def init_distributed(device="auto", amp="auto", timeout=600):
     """Joins torchrun's process group, if there is one → Env.
 
-    CUDA communicates through NCCL, the CPU through gloo; without torchrun there is one process and
-    no group. timeout: seconds that a process waits for the others.
-    amp "auto": bf16 where the hardware computes in it, fp16 on older CUDA, "off" elsewhere.
+    timeout: seconds that a process waits for the others. amp "auto": bf16 where the hardware
+    computes in it, fp16 on older CUDA, "off" elsewhere.
     """
     check_launcher()
     device = choose_device(device)
@@ -102,12 +96,11 @@ def init_distributed(device="auto", amp="auto", timeout=600):
 
 
 def check_launcher():
-    """UserError where processes were started side by side without torchrun's variables."""
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    present = [name for name in needed if name in os.environ]
-    if "RANK" in present and len(present) < len(needed):
-        missing = ", ".join(name for name in needed if name not in present)
-        raise UserError(f"RANK is set without {missing}: start processes with torchrun")
+    """UserError where processes were started side by side, but not by torchrun."""
+    needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        raise UserError(f"RANK is set without {join_some(missing)}: start processes with torchrun")
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
     if "RANK" not in os.environ and int(tasks) > 1:
         raise UserError(
@@ -117,26 +110,24 @@ def check_launcher():
 
 
 def choose_device(device):
-    under_torchrun = "RANK" in os.environ
-    mps = torch.backends.mps.is_available() and not under_torchrun
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_mps = torch.backends.mps.is_available() and "RANK" not in os.environ
     if device == "auto":
-        if torch.cuda.is_available():
-            device = "cuda"
-        else:
-            device = "mps" if mps else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+        device = "cpu"
+        if num_gpus or has_mps:
+            device = "cuda" if num_gpus else "mps"
+    if device == "cuda" and not num_gpus:
         raise UserError("--device cuda: torch sees no GPU here; --device cpu would run")
-    if device == "mps" and not mps:
+    if device == "mps" and not has_mps:
         raise UserError("--device mps needs an Apple GPU and runs one process, without torchrun")
     if device != "cuda":
         return torch.device(device)
 
-    num_gpus = torch.cuda.device_count()
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > num_gpus:
         raise UserError(f"more processes than GPUs on this host: use --nproc_per_node={num_gpus}")
     torch.cuda.set_device(local_rank())
     torch.backends.cudnn.benchmark = True  # the shapes of training don't change
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", local_rank())
 
 
 def init_process_group(device, timeout):
@@ -194,22 +185,20 @@ def _innermost(store):
 
 
 def choose_amp_dtype(amp, device):
-    if amp == "auto":
-        if device.type == "cuda":
-            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        else:
-            amp = "bf16" if device.type == "cpu" and _cpu_computes_bf16() else "off"
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":
+        amp = "bf16" if device.type == "cpu" and _cpu_computes_bf16() else "off"
     if amp == "fp16" and device.type != "cuda":
         raise UserError("--amp fp16 needs a CUDA GPU: use bf16 or off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
 def _cpu_computes_bf16():
-    try:  # torch 2.6 has no public way to ask
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-    except OSError:
+    cpuinfo = Path("/proc/cpuinfo")  # torch 2.6 has no public way to ask
+    if not cpuinfo.exists():
         return False
-    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo))
+    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()))
 
 
 def destroy_process_group():
@@ -255,56 +244,64 @@ def all_reduce_sum(x):
 
 def all_reduce_mean(x):
     """Mean of x over the ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-        x /= world_size()
-    return x
+    return all_reduce_sum(x).div_(world_size())
 
 
 def all_gather_object(value):
     """A list of every rank's picklable `value`, in rank order."""
-    gathered = [value]
+    gathered = [value] * world_size()
     if world_size() > 1:
-        gathered = [None] * world_size()
         dist.all_gather_object(gathered, value)
     return gathered
 
 
-def check_same_on_all_ranks(env, **numbers):
-    """UserError if a number differs between ranks: hosts that see other files, for example."""
-    gathered = all_gather(torch.tensor(list(numbers.values()), device=env.device))
-    for name, values in zip(numbers, gathered.T.tolist()):  # of each rank
-        if len(set(values)) > 1:
-            raise UserError(
-                f"the processes disagree about {name.replace('_', ' ')}: {sorted(set(values))}; do "
-                "all hosts see the same data and the same --output-dir?"
-            )
+def check_same_on_all_ranks(values, hint):
+    """UserError, naming one that differs between ranks; all ranks call it.
 
-
-def run_once_per_host(make):
-    """make() on local rank 0 of each host; its result, or its UserError, on every rank.
-
-    The result travels through a pickle file. All ranks call it.
+    values: {name: what can be pickled and compared}. hint: what to look at.
     """
-    if world_size() == 1:
-        return make()
-    result = path = None
-    if local_rank() == 0:
+    first, *others = all_gather_object(values)
+    for name, value in first.items():
+        for other in others:
+            if other[name] != value:
+                raise UserError(
+                    f"the processes disagree about {name}: {value} and {other[name]}; {hint}"
+                )
+
+
+def on_rank0(make):
+    """make() on rank 0; its result, or its UserError, on every rank. All ranks call it."""
+    result = None
+    if is_main():
         try:
             result = make()
         except UserError as error:
             result = error
-        with tempfile.NamedTemporaryFile(delete=False) as file:
-            pickle.dump(result, file)
-            path = file.name
-    paths = all_gather_object(path)
-    if local_rank() > 0:
-        result = pickle.loads(Path(paths[rank() - local_rank()]).read_bytes())
-    barrier()
-    if path:
-        os.unlink(path)
-    if isinstance(result, UserError):
-        raise result
+    results = [result]
+    if world_size() > 1:
+        dist.broadcast_object_list(results)
+    if isinstance(results[0], UserError):
+        raise results[0]
+    return results[0]
+
+
+def rank0_first(load):
+    """load(download) on rank 0, then on one process of each other host, then on the others.
+
+    The first two may download: hosts may share their files, or not. A UserError of one rank is
+    raised on all.
+    """
+    turn = 0 if is_main() else 1 if local_rank() == 0 else 2
+    result = error = None
+    for current in range(3):
+        if current == turn:
+            try:
+                result = load(download=turn < 2)
+            except UserError as raised:
+                error = raised
+        for raised in all_gather_object(error):
+            if raised is not None:
+                raise raised
     return result
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import stat
 import sys
 from contextlib import contextmanager, suppress
 
@@ -33,21 +32,29 @@ def check_signals():
 
 def pending_exit_code():
     """The exit code of a signal that came to this rank, else 0."""
-    if _exit_code:
-        _leave_closed_terminal()
     return _exit_code
 
 
 @contextmanager
 def catch_signals():
-    """Within the context a signal is remembered for check_signals; a second Ctrl-C interrupts.
-
-    Under nohup SIGHUP stays ignored.
-    """
+    """Within the context a signal is remembered for check_signals; a second Ctrl-C interrupts."""
     global _exit_code
     _exit_code = 0
-    caught = [s for s in EXIT_CODES if not (s == signal.SIGHUP and _is_ignored(s))]
-    previous = {number: signal.signal(number, _on_signal) for number in caught}
+
+    def remember(number, frame):
+        global _exit_code
+        if number == signal.SIGINT and _exit_code == EXIT_CODES[signal.SIGINT]:
+            raise KeyboardInterrupt
+        _exit_code = EXIT_CODES[number]
+        hint = ", a second time stops at once" if number == signal.SIGINT else ""
+        text = f"{signal.Signals(number).name}: stopping after this step{hint}\n"
+        if is_main():  # not print(), which the signal could have interrupted
+            with suppress(OSError):  # a terminal or a pipe that nobody reads any more
+                os.write(sys.stderr.fileno(), text.encode())
+
+    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    caught = [s for s in EXIT_CODES if not (s == signal.SIGHUP and under_nohup)]
+    previous = {number: signal.signal(number, remember) for number in caught}
     try:
         yield
     finally:
@@ -55,28 +62,10 @@ def catch_signals():
             signal.signal(number, handler)
 
 
-def _is_ignored(number):
-    return signal.getsignal(number) == signal.SIG_IGN
-
-
-def _on_signal(number, frame):
-    global _exit_code
-    if number == signal.SIGINT and _exit_code == EXIT_CODES[signal.SIGINT]:
-        raise KeyboardInterrupt
-    _exit_code = EXIT_CODES[number]
-    hint = ", a second time stops at once" if number == signal.SIGINT else ""
-    if is_main():  # not print(), which the signal could have interrupted
-        text = f"{signal.Signals(number).name}: stopping after this step{hint}\n"
-        with suppress(OSError):  # a pipe that nobody reads any more
-            os.write(sys.stderr.fileno(), text.encode())
-
-
-def _leave_closed_terminal():
-    """Sends output to /dev/null where the terminal is gone: writing to it would raise."""
-    null = os.open(os.devnull, os.O_WRONLY)
+def drop_closed_streams():
+    """Stdout and stderr go nowhere if their terminal is closed: writing to it would raise."""
     for stream in (1, 2):
-        with suppress(OSError):  # a stream that was closed
-            # A terminal that is gone is still a character device, but no terminal any more.
-            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
-                os.dup2(null, stream)
-    os.close(null)
+        try:
+            os.write(stream, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

@@ -89,8 +89,9 @@ def optimizer_step(loss, optimizer, scaler=None, clip_grad=None, grad_monitor=No
 
 
 def set_lr(optimizer, lr):
+    """lr of each parameter group, times its `lr_scale` where it has one (layer-wise decay)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1)
 
 
 def scaled_lr(base_lr, batch_size):
@@ -99,16 +100,20 @@ def scaled_lr(base_lr, batch_size):
     return base_lr * batch_size / 256
 
 
-def warmup_cosine_lr(t, total, warmup, peak_lr):
-    """Linear warm-up from 0 to peak_lr over `warmup`, then half a cosine to 0 at `total`; Sec. 5.
+def warmup_cosine_lr(t, total, warmup, peak_lr, start_lr=0.0, end_lr=0.0, cosine_start=None):
+    """Linear warm-up from start_lr to peak_lr over `warmup`, then half a cosine to end_lr at
+    `total`; Sec. 5.
 
-    t, total, warmup: in one unit, for example epochs with fractions.
+    t, total, warmup: in one unit, for example epochs with fractions. cosine_start: where the cosine
+    begins, by default at the end of the warm-up; 0 in DeiT, whose warm-up replaces its first part.
     """
     if t < warmup:
-        return peak_lr * t / warmup
+        return start_lr + t * (peak_lr - start_lr) / warmup
     if warmup == total:
         return peak_lr
-    return peak_lr * (1 + math.cos(math.pi * (t - warmup) / (total - warmup))) / 2
+    start = warmup if cosine_start is None else cosine_start
+    cosine = math.cos(math.pi * (t - start) / (total - start))
+    return end_lr + (peak_lr - end_lr) * (1 + cosine) / 2
 
 
 def cosine_momentum(t, total, m0):

@@ -15,9 +15,7 @@ import tempfile
 import time
 import traceback
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,9 +26,8 @@ from torchvision.io import write_png
 
 import main_moco
 from engine import checkpoint
-from engine import run as run_module
-from engine.datasets import load_splits
-from engine.launch import destroy_process_group, init_distributed
+from engine.data.splits import load_splits, open_source
+from engine.launch import Env, destroy_process_group, init_distributed
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,12 +36,25 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=no_gpu)]
 
-# The smallest run that has everything: 5 steps an epoch.
+ENV = Env(torch.device("cpu"))
+CPU = "--workers 0 --device cpu".split()
+FP32 = (*CPU, "--amp", "off")
+
+# The smallest runs that have everything: 5 steps an epoch of pre-training, probe and fine-tuning.
 TINY = (
     "digits -a vit_nano --img-size 16 --patch-size 8 --batch-size 256 --optimizer adamw --lr 1e-3 "
     "--epochs 2 --warmup-epochs 1 --moco-dim 32 --moco-mlp-dim 64 --moco-t 0.2 --moco-m-cos "
     "--workers 0 --knn-every 1 --device cpu --print-freq 1"
 ).split()
+PROBE = ("digits", *"--batch-size 256 --epochs 2".split(), *FP32)
+TUNE = (*PROBE, *"--warmup-epochs 1 --ema 0.6 --lr 1e-3 --layer-decay 0.8 --clip-grad 5".split())
+
+# The smallest runs of the scripts on few images, in batches of 8, without kNN.
+SMALL = {
+    "main_moco.py": (*TINY[1:], "--batch-size", 8, "--knn-every", 0),
+    "main_lincls.py": ("--batch-size", 8, "--epochs", 2, *CPU),
+    "main_finetune.py": ("--batch-size", 8, "--epochs", 2, "--lr", 1, "--warmup-epochs", 1, *CPU),
+}
 
 
 def pytest_configure(config):
@@ -70,35 +80,36 @@ def script(monkeypatch, capfd):
 
     def run(name, *args):
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        with until_exit(), pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / name), run_name="__main__")
         return stop.value.code, *capfd.readouterr()
 
     return run
 
 
-@contextmanager
-def until_exit():
-    """Afterwards what ends with a process has ended: its lock and its functions for atexit."""
-    lock, locks, callbacks = run_module._lock, [], []
+@pytest.fixture
+def succeed(script):
+    """Runs a script of ours that must succeed, with nothing on stderr → stdout."""
 
-    def lock_and_note(folder):
-        locks.append(lock(folder))
-        return locks[-1]
+    def run(name, *args):
+        code, out, err = script(name, *args)
+        assert (code, err) == (0, ""), err or out
+        return out
 
-    def register(function, *args):
-        callbacks.append(partial(function, *args))
+    return run
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "_lock", lock_and_note)
-        patch.setattr(run_module, "atexit", SimpleNamespace(register=register))
-        try:
-            yield
-        finally:
-            for callback in callbacks:
-                callback()
-            for file in locks:
-                file.close()
+
+@pytest.fixture
+def refusal(script):
+    """Runs a script of ours that must end with a single line on stderr → that line."""
+
+    def run(name, *args, code=2):
+        found, out, err = script(name, *args)
+        assert (found, err.count("\n")) == (code, 1), out + err
+        assert err.startswith(f"{os.path.basename(name)}: error: ")
+        return err
+
+    return run
 
 
 forkserver = multiprocessing.get_context("forkserver")
@@ -151,8 +162,7 @@ def _run_child(argv, stdout, stderr, env, folder, start_method, prepare):
         prepare()
     path = str(ROOT / argv[0])
     sys.argv, sys.path[:0] = argv, [os.path.dirname(path)]
-    with until_exit():
-        runpy.run_path(path, run_name="__main__")
+    runpy.run_path(path, run_name="__main__")
 
 
 def launch(processes, name, *args, **env):
@@ -266,15 +276,14 @@ def pretrained(tmp_path_factory):
     """A checkpoint that one epoch of the smallest run left."""
     folder = tmp_path_factory.mktemp("pretrained")
     args = main_moco.parse_args([*TINY, "--epochs", "1", "--output-dir", str(folder)])
-    with until_exit():
-        main_moco.main(args)
+    main_moco.main(args)
     return folder / "checkpoint.pth"
 
 
 @pytest.fixture(scope="session")
 def few_digits(tmp_path_factory):
     """A folder of 160 digits without labels."""
-    folder, images = tmp_path_factory.mktemp("digits"), load_splits("digits").train
+    folder, images = tmp_path_factory.mktemp("digits"), load_splits(open_source("digits")).train
     for i in range(160):
         write_png(images.read(i), str(folder / f"{i}.png"))
     return folder

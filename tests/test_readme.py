@@ -97,13 +97,14 @@ def test_named_files_exist(document):
 
 def test_the_file_tree_is_complete():
     [tree] = re.findall(r"^```\n(main_moco\.py.*?)^```$", read(ROOT / "README.md"), re.M | re.S)
-    names, folder = set(), ""
+    names, folders = set(), ["", ""]
     for line in tree.splitlines():
-        first = line.split()[0]
-        if not line.startswith(" "):
-            folder = first if first.endswith("/") else ""
-            names.add(first)
-        names |= {folder + name for name in re.findall(r"\w+\.py", line)}
+        indent, first = re.match(r"( *)(\S+)", line).groups()
+        level = {0: 0, 5: 1}.get(len(indent))  # else it continues the line above
+        if level is not None:
+            folders[level:] = [first if first.endswith("/") else "", *[""] * (1 - level)]
+            names.add("".join(folders[:level]) + first)
+        names |= {"".join(folders) + name for name in re.findall(r"\w+\.py", line)}
     for name in names:
         assert (ROOT / name).exists(), name
     sources = [*ROOT.glob("*.py"), *ROOT.glob("moco/[!_]*.py"), *ROOT.glob("engine/[!_]*.py")]

@@ -4,16 +4,15 @@ A folder for timm.create_model("local-dir:vit_small_timm", pretrained=True), fro
     python tools/convert.py runs/vit_small_300/checkpoint.pth vit_small_timm --to timm
 A state_dict for torchvision; MMSelfSup's weights for main_lincls.py and main_finetune.py:
     python tools/convert.py runs/resnet50_100/checkpoint.pth resnet50.pth --to torchvision
-    python tools/convert.py mmselfsup.pth vit_small.pth --to official --num-heads 12
+    python tools/convert.py mmselfsup.pth vit_small.pth --to official -a vit_small
 A linear probe's backbone and classifier:
     python tools/convert.py linear_lr3.pth vit_small_classifier --to timm --with-heads
 
-IN is whatever --pretrained takes: a .pth, a .safetensors or a folder of timm's. The names of its
-weights tell what it is: MoCo v3 (ours or the official release's, from pre-training or with a
-classifier), MMSelfSup and MMPretrain 1.x (ViT and ResNet), timm, torchvision, DeiT, MAE, DINO.
+IN is whatever --pretrained takes: a .pth, a .safetensors or a folder of timm's. -a names the
+architecture where IN does not state it: a ViT-S is vit_small with the 12 heads of MoCo v3, and
+timm/vit_small_patch16_224 with the 6 of timm, DeiT and DINO.
 OUT is the backbone, whose output is the class token or the pooled last stage; of fine-tuning with
---ema it takes the weights, not their average. A ViT-S of 6 heads becomes our
-timm/vit_small_patch16_224.
+--ema it takes the weights, not their average.
 """
 
 import json
@@ -30,10 +29,9 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import cli
-from engine.backbones import RESNETS
+from engine.backbones import RESNETS, choose_config, create_backbone
 from engine.errors import UserError, first_line
 from engine.weights import PRETRAINING, load_state_dict_strict, num_heads, read_weights
-from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from vits import VITS
 
 # timm's names of the ViTs that it calls otherwise than vit_…_patch16_224.
@@ -45,20 +43,12 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("source", metavar="IN", help="checkpoint, or folder of timm's")
     add("out", metavar="OUT", help="what to write; must not exist")
-    add("--to", choices=("timm", "torchvision", "deit", "official"), required=True)
-    add(
-        "--with-heads",
-        action="store_true",
-        help="keep the classifier; with --to official, projectors, predictor and momentum "
-        "encoder, too",
-    )
-    add(
-        "--num-heads",
-        type=int,
-        choices=(6, 12),
-        help="attention heads of a ViT-S, where IN or the layout of OUT does not state them: 12 in "
-        "MoCo v3, 6 in timm and DeiT",
-    )
+    formats = dict(choices=("timm", "torchvision", "deit", "official"), required=True)
+    add("--to", help="whose names and layout OUT has", **formats)
+    heads = "keep the classifier; with --to official all heads, momentum encoder and predictor, too"
+    add("--with-heads", action="store_true", help=heads)
+    number = "confirms the attention heads of a ViT-S, which --to deit does not state"
+    add("--num-heads", type=int, choices=(6, 12), help=number)
     add("-a", "--arch", help="name of the architecture, where IN does not state it")
     return parser.parse_args(argv)
 
@@ -69,75 +59,68 @@ def main(args):
         raise UserError(f"{out} exists already: name another OUT")
     if not out.parent.is_dir():
         raise UserError(f"{out} lies in a folder that does not exist: name another OUT")
-    weights = read_weights(args.source, args.num_heads, args.arch)
-    model = weights.create_backbone()
-    weights.config["num_heads"] = num_heads(model)
-    check(args, weights, model)
-    heads = weights.heads if args.with_heads else {}
+    weights = read_weights(args.source, args.arch)
+    config = choose_config(dict(arch=args.arch), weights.config, args.source)
+    model = create_backbone(config)
+    backbone, heads = weights.split(model.classifier_name)
+    load_state_dict_strict(model, backbone, weights.config, args.source)
+    check(args, weights, config, model, heads)
+    kept = heads if args.with_heads else {}
     try:
-        write(args.to, out, weights, heads, model)
+        write(args.to, out, weights, config, backbone, kept, model)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"can't write {out}: {first_line(error)}", exit_code=1) from None
-    print_conversion(args, weights, heads)
+    print(f"{args.source} ({weights}) → {args.out} ({args.to}: {len(backbone | kept)} tensors)")
 
 
-def check(args, weights, model):
+def check(args, weights, config, model, heads):
     """UserError where OUT would be another model, or has no place for what is asked for."""
-    source, to, config = args.source, args.to, weights.config
-    arch, heads = config["arch"], config["num_heads"]
-    if args.arch not in (None, arch):
-        raise UserError(f"{source} holds {arch}, not {args.arch}: drop -a {args.arch}")
-    if args.num_heads not in (None, heads):
-        raise UserError(
-            f"{source} ({arch}) has {heads or 'no'} heads, not {args.num_heads}: drop --num-heads"
-        )
+    source, to, arch, own_heads = args.source, args.to, config.arch, num_heads(model)
+    if args.num_heads not in (None, own_heads):
+        raise UserError(f"{source} ({arch}) has {own_heads or 'no'} heads: drop --num-heads")
     if to == "deit" and arch == "vit_small" and not args.num_heads:
         raise UserError(
             "DeiT's ViT-S has 6 heads, this one 12, and the shapes agree: --to timm states them; "
             "--num-heads 12 if you build what reads OUT with 12"
         )
     is_torchvisions = arch in RESNETS and model.conv1.weight.shape == (64, 3, 7, 7)
-    has_own_stem = config["small_stem"] or VITS.get(arch, {}).get("conv_stem")
-    is_ablation = (
-        config.get("vit_pool", "token") != "token" or config.get("vit_pos_embed") == "none"
-    )
-    timm_lacks_it = has_own_stem or is_ablation
-    if (to == "torchvision" and not is_torchvisions) or (to == "timm" and timm_lacks_it):
-        stem = "" if arch in VITS else " with this stem"
-        if is_ablation:
-            stem = " with this --pool or --pos-embed"
+    has_own_stem = config.small_stem or VITS.get(arch, {}).get("conv_stem")
+    is_ablation = config.pool != "token" or config.pos_embed == "none"
+    is_lacking = {"torchvision": not is_torchvisions, "timm": has_own_stem or is_ablation}
+    if is_lacking.get(to):
         raise UserError(
-            f"{to} has no {arch}{stem}: --to deit or official keeps the weights, and "
+            f"{to} has no {arch} of this form: --to deit or official keeps the weights, and "
             "engine.backbones.create_backbone makes the model"
         )
     classifier = {f"{model.classifier_name}.{name}" for name in ("weight", "bias")}
-    has_place = weights.heads.keys() == classifier
+    has_place = heads.keys() == classifier
     has_place |= weights.kind == PRETRAINING and to == "official"
     if args.with_heads and not has_place:
-        raise UserError(f"{source} ({weights.kind}) has no heads for --to {to}: drop --with-heads")
+        raise UserError(
+            f"{source} ({weights.kind.name}) has no heads for --to {to}: drop --with-heads"
+        )
 
 
-def write(to, out, weights, heads, model):
+def write(to, out, weights, config, backbone, heads, model):
     """OUT, whole or not at all."""
-    config = dict(weights.config)
-    class_names = config.pop("class_names", None)
-    del config["evaluate_ema"]  # of the weights that are not taken
-    if class_names and heads and weights.kind != PRETRAINING:  # of the classifier
-        config["class_names"] = class_names
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        new, state = Path(folder, out.name), weights.backbone | heads
+        new, state = Path(folder, out.name), backbone | heads
+        has_classifier = bool(heads) and weights.kind != PRETRAINING
+        class_names = weights.config.get("class_names") if has_classifier else None
+        stated = config.to_dict() | dict(num_heads=num_heads(model), class_names=class_names)
+        if "interpolation" not in weights.config:
+            del stated["interpolation"]  # each script has its own
         if to == "timm":
-            write_timm(new, state, config, model)
+            write_timm(new, state, stated, model)
         elif to == "torchvision":
             torch.save(state, new)
         elif to == "deit":
-            torch.save(config | dict(model=state), new)
+            torch.save(stated | dict(model=state), new)
         else:
-            has_classifier = heads and weights.kind != PRETRAINING
             prefix = "module." if has_classifier else "module.base_encoder."
-            state = {prefix + key: value for key, value in weights.backbone.items()}
+            state = {prefix + key: value for key, value in backbone.items()}
             state |= {f"module.{key}": value for key, value in heads.items()}
-            torch.save(config | dict(state_dict=state), new)
+            torch.save(stated | dict(state_dict=state), new)
         os.replace(new, out)
 
 
@@ -159,6 +142,10 @@ def write_timm(folder, state, config, model):
     timm_model = timm.create_model(arch, num_classes=num_classes, **options)
     load_state_dict_strict(timm_model, state, dict(arch=arch), "what timm would read")
     timm_config = dict(
+        # timm ignores these two, we read them back.
+        arch=config["arch"],
+        max_value=config["max_value"],
+        label_names=config["class_names"],
         architecture=arch,
         num_classes=num_classes,
         num_features=model.num_features,
@@ -169,27 +156,17 @@ def write_timm(folder, state, config, model):
             fixed_input_size=timm_model.pretrained_cfg.get("fixed_input_size", False),
             interpolation=config.get("interpolation", "bilinear"),
             crop_pct=0.875,
-            mean=config.get("mean", IMAGENET_MEAN),
-            std=config.get("std", IMAGENET_STD),
+            mean=config["mean"],
+            std=config["std"],
             first_conv=timm_model.pretrained_cfg.get("first_conv"),
             classifier=model.classifier_name,
         ),
     )
-    if config.get("max_value"):  # timm knows no files of more than 8 bits, we read it back
-        timm_config["max_value"] = config["max_value"]
-    if "class_names" in config:
-        timm_config["label_names"] = config["class_names"]
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(timm_config, indent=2) + "\n")
     # safetensors takes no tensors that share memory.
     state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def print_conversion(args, weights, heads):
-    num_tensors = len(weights.backbone | heads)
-    out = f"{args.to}: {num_tensors} tensors{weights.without(heads)}"
-    print(f"{args.source} ({weights}) → {args.out} ({out})")
 
 
 if __name__ == "__main__":

@@ -26,22 +26,27 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine import cli, launch
-from engine.checkpoint import atomic_write
-from engine.datasets import NAMED_SETS, HuggingFaceDataset, ImageFileDataset, dataset_digest
+from engine import cli, flags, launch
+from engine.data.hub import HuggingFaceDataset
+from engine.data.images import ImageFileDataset, dataset_digest
+from engine.data.named import NAMED_SETS
+from engine.data.unreadable import UnreadableImages
 from engine.errors import UserError
-from engine.evaluation import EVAL_BATCH_SIZE, embed
+from engine.evaluation import EVAL_BATCH_SIZE, iterate_eval_batches
+from engine.files import atomic_write
 from engine.launch import print_rank0
 from engine.weights import create_pretrained_backbone, weights_digest
 from moco.distributed import is_main, rank, world_size
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description=__doc__, parents=[cli.pretrained_flags()])
-    add = parser.add_argument
+    parser = cli.Parser(description=__doc__)
+    flags.add_tool_flags(parser)
+    add = parser.group("features")
     add(
         "--out",
         type=Path,
@@ -53,7 +58,7 @@ def parse_args(argv=None):
         "--split",
         choices=("train", "val"),
         default="train",
-        help="which one, where DIR has both (default: train); train of stl10 is its labelled part",
+        help="which one, where DIR has both; train of stl10 is its labelled part",
     )
     add(
         "--tokens",
@@ -69,8 +74,8 @@ def parse_args(argv=None):
 
 
 def main(args):
-    env = launch.init_distributed(args.device, args.amp)
-    model, config = create_pretrained_backbone(args)
+    env = launch.init_distributed(args.device, args.amp, args.timeout)
+    model, config = create_pretrained_backbone(args.pretrained, flags.backbone_options(args))
     model.requires_grad_(False).eval()
     encoder, shape = select_tokens(model, config, args.tokens, args.layer)
     model.to(env.device)
@@ -95,7 +100,10 @@ def main(args):
 
     folder = Path(f"{args.out}.parts")
     missing = open_parts(folder, metadata)
-    launch.check_same_on_all_ranks(env, images=len(dataset), parts=len(missing))
+    launch.check_same_on_all_ranks(
+        {"the number of images": len(dataset), "the missing parts": missing},
+        "do all hosts see the same data and the same --out?",
+    )
     num_parts = math.ceil(len(dataset) / EVAL_BATCH_SIZE)
     if len(missing) < num_parts:
         print_rank0(f"continuing: {num_parts - len(missing)} of {num_parts} parts are done")
@@ -149,14 +157,9 @@ def select_tokens(model, config, tokens, layer):
 
 def load_split(args, config):
     """--split of DIR → dataset, class names or None."""
-    splits = cli.load_splits_from_args(args, config.pixel_format)
-    if args.split == "val" and splits.val is None:
-        raise UserError(f"{args.data} has no val to take: {splits.note}")
-    if args.split == "val":
-        dataset = splits.val
-    else:
-        dataset = splits.train if splits.train_labelled is None else splits.train_labelled
-    return dataset, splits.class_names
+    source = flags.source(args, args.data, config.pixel_format)
+    part = source.val_or_all() if args.split == "val" else source.train_labelled()
+    return part.dataset, part.class_names
 
 
 def create_index(dataset, class_names, path, metadata):
@@ -248,6 +251,25 @@ def compute_parts(folder, missing, encoder, shape, dataset, config, args, env):
     for number in missing[rank() :: world_size()]:
         if not part_path(folder, number).exists():  # no image in it can be read
             save_part(folder, number, torch.full((len(chunks[number]), *shape), torch.nan))
+
+
+@torch.no_grad()
+def embed(encoder, dataset, indices, img_size, workers, env):
+    """This rank's batches of the images `indices` → positions in `indices` [n], float32 [n, d].
+
+    The second are the encoder's features. Images that can't be read are in no batch, and are
+    reported on stderr. All ranks call this and exhaust it.
+    """
+    unreadable = UnreadableImages(max_fraction=1, num_images=len(dataset))
+    batches = iterate_eval_batches(dataset, indices, img_size, workers, env, unreadable)
+    hide_bar = None if is_main() else True  # None: where stderr is not a terminal
+    with tqdm(total=len(indices), unit=" images", disable=hide_bar) as bar:
+        for positions, images in batches:
+            with env.autocast():
+                h = encoder(images)
+            yield positions, h.float()
+            num_done = world_size() * len(positions)  # the other ranks' as well
+            bar.update(min(num_done, len(indices) - bar.n))
 
 
 def save_part(folder, number, features):

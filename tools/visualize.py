@@ -7,27 +7,30 @@
 Each writes one PNG and needs no display.
 """
 
-import argparse
+import itertools
 import math
 import os
 import sys
 from pathlib import Path
 
 import torch
-from matplotlib import rc_context
+from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from timm.layers import set_fused_attn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine import cli, launch
-from engine.checkpoint import atomic_write
-from engine.datasets import HuggingFaceDataset, evenly_spaced
-from engine.decode import RGB
-from engine.errors import UserError
-from engine.evaluation import embed, iterate_eval_batches
-from engine.loader import UnreadableImages
-from engine.plots import drawable, plot_curves, to_rgb
+from engine import cli, flags, launch, plots
+from engine.data.decode import RGB
+from engine.data.hub import HuggingFaceDataset
+from engine.data.images import Part, evenly_spaced
+from engine.data.splits import load_knn_splits
+from engine.data.unreadable import UnreadableImages
+from engine.errors import UserError, printable
+from engine.evaluation import encode_dataset, iterate_eval_batches
+from engine.log import read_log
+from engine.plots import save_figure, to_rgb
 from engine.weights import create_pretrained_backbone
 from moco.builder import l2_normalize
 
@@ -38,30 +41,26 @@ def parse_args(argv=None):
     parser = cli.Parser(description=__doc__)
     pictures = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
 
-    def add_picture(name, parent, help):
-        picture = pictures.add_parser(name, parents=[parent], help=help, description=help)
-        picture.add_argument("--out", type=Path, default=f"{name}.png", metavar="PNG")
-        return picture.add_argument
+    def add_picture(name, help):
+        picture = pictures.add_parser(name, help=help, description=help)
+        out = dict(type=Path, default=f"{name}.png", metavar="PNG")
+        picture.add_argument("--out", help="file to write (default: %(default)s)", **out)
+        return picture
 
-    add = add_picture(
-        "attention", cli.pretrained_flags(), "attention of a ViT's class token, head by head"
-    )
-    images_help = "number of images, taken evenly from val, or from DIR"
-    add("--images", type=cli.positive_int, default=6, help=images_help)
-    add = add_picture(
-        "neighbours", cli.pretrained_flags(), "images of val and their nearest ones of train"
-    )
-    add("--images", type=cli.positive_int, default=6, help=images_help)
-    add("-k", type=cli.positive_int, default=8, help="nearest images of each")
-    add(
-        "--knn-bank",
-        type=cli.positive_int,
-        metavar="IMAGES",
-        help="training images that are searched (default: all)",
-    )
-    no_flags = argparse.ArgumentParser(add_help=False)
-    add = add_picture("curves", no_flags, "log.jsonl of several runs, overlaid")
-    add("runs", nargs="+", metavar="RUN", help="--output-dir of a run")
+    images = dict(type=flags.positive_int, default=6, metavar="N")
+    images["help"] = "number of images, taken evenly from val, or from DIR"
+    picture = add_picture("attention", "attention of a ViT's class token, head by head")
+    flags.add_tool_flags(picture)
+    picture.group("picture")("--images", **images)
+    picture = add_picture("neighbours", "images of val and their nearest ones of train")
+    flags.add_tool_flags(picture)
+    add = picture.group("picture")
+    add("--images", **images)
+    add("-k", type=flags.positive_int, default=8, metavar="N", help="nearest images of each")
+    bank = "training images that are searched (default: all)"
+    add("--knn-bank", type=flags.positive_int, metavar="IMAGES", help=bank)
+    picture = add_picture("curves", "log.jsonl of several runs, overlaid")
+    picture.add_argument("runs", nargs="+", metavar="RUN", help="--output-dir of a run")
 
     args = parser.parse_args(argv)
     if args.out.suffix != ".png":
@@ -74,7 +73,7 @@ def main(args):
         raise UserError("a picture is drawn by one process: python in place of torchrun")
     check_writable(args.out)
     if args.picture != "curves":
-        cli.check_not_among_images("--out", args.out, args)
+        flags.check_not_among_images("--out", args.out, args.data)
     draw = {"attention": attention, "neighbours": neighbours, "curves": curves}[args.picture]
     with rc_context({"text.parse_math": False}):  # names may contain $, which begins a formula
         draw(args)
@@ -90,24 +89,76 @@ def check_writable(path):
         raise UserError(f"can't write {path}: {path.parent} is read-only")
 
 
+# Curves
+
+
 def curves(args):
     for run in args.runs:
         if not Path(run, "log.jsonl").is_file():
             raise UserError(f"{run} is not the folder of a run: it has no log.jsonl")
-    plot_curves(*args.runs, out=args.out)
+    logs = [read_log(Path(run, "log.jsonl")) for run in args.runs]
+    names = [drawable(name) for name in distinct_names(args.runs)]
+    save_figure(draw_curves(dict(zip(names, logs))), args.out)
+
+
+def draw_curves(logs):
+    """{name of a run: lines of its log} → Figure: a color for each run, dashes for each key."""
+    runs = [plots.collect_curves(lines) for lines in logs.values()]
+    all_lines = [line for lines in logs.values() for line in lines]
+    figure, panels = plots.create_panels({panel for run in runs for panel in run})
+    for panel, axes in panels.items():
+        keys = list(dict.fromkeys(key for run in runs for key in run[panel]))
+        dashes = dict(zip(keys, itertools.cycle(("-", "--", ":", "-."))))
+        for i, run in enumerate(runs):
+            for key, points in run[panel].items():
+                style = dict(color=f"C{i}", ls=dashes[key], lw=1.2, marker=plots.marker(panel))
+                axes.plot(*zip(*points), **style)
+        if len(keys) > 1:
+            handles = [Line2D([], [], color="gray", ls=dashes[key], label=key) for key in keys]
+            axes.legend(fontsize=8, handles=handles)
+        plots.finish_panel(axes, panel, all_lines)
+    add_run_legend(figure, list(logs))
+    return figure
+
+
+def add_run_legend(figure, names):
+    handles = [Line2D([], [], color=f"C{run}", label=name) for run, name in enumerate(names)]
+    width, height = figure.get_size_inches()
+    entry_width = 0.07 * max(map(len, names)) + 0.6  # inches
+    num_entries = min(len(names), max(1, int(width / entry_width)))
+    figure.set_figheight(height + 0.3 + 0.2 * math.ceil(len(names) / num_entries))
+    figure.legend(handles=handles, loc="outside upper center", ncols=num_entries, fontsize=9)
+
+
+def distinct_names(folders):
+    """The last parts of the paths, as few as tell them apart."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-depth:]) for path in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def drawable(text):
+    """The text with escapes for characters that the font lacks, and for unprintable ones."""
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    glyphs = font.get_charmap()  # code point → glyph
+    return "".join(c if ord(c) in glyphs else ascii(c)[1:-1] for c in printable(text))
 
 
 # Attention
 
 
 def attention(args):
-    env = launch.init_distributed(args.device, args.amp)
+    env = launch.init_distributed(args.device, args.amp, args.timeout)
     set_fused_attn(False)  # a fused kernel shows no weights; a model asks when it is created
-    model, config = create_pretrained_backbone(args)
+    model, config = create_pretrained_backbone(args.pretrained, flags.backbone_options(args))
     model.requires_grad_(False).eval().to(env.device)
     check_class_token(model, config.arch)
-    splits = cli.load_splits_from_args(args, config.pixel_format)
-    dataset = splits.train if splits.val is None else splits.val
+    source = flags.source(args, args.data, config.pixel_format)
+    part = source.val() if source.has_val() else source.train()
+    dataset = part.dataset
 
     chosen, images = read_images(dataset, choose_images(dataset, args.images), config, args, env)
     with env.autocast():
@@ -117,8 +168,8 @@ def attention(args):
             f"{config.arch} has no attention to draw: in its last block the class token does not "
             "attend to all patches by a softmax"
         )
-    captions = image_captions(splits, dataset, chosen)
-    save(draw_attention(images, maps.cpu(), captions, dataset.pixel_format), args.out)
+    captions = image_captions(part, chosen)
+    save_figure(draw_attention(images, maps.cpu(), captions, dataset.pixel_format), args.out)
 
 
 def check_class_token(model, arch):
@@ -203,18 +254,20 @@ def draw_attention(images, maps, captions, pixel_format=RGB):
 
 
 def neighbours(args):
-    env = launch.init_distributed(args.device, args.amp)
-    model, config = create_pretrained_backbone(args)
+    env = launch.init_distributed(args.device, args.amp, args.timeout)
+    model, config = create_pretrained_backbone(args.pretrained, flags.backbone_options(args))
     model.requires_grad_(False).eval().to(env.device)
-    splits = cli.load_splits_from_args(args, config.pixel_format)
-    bank = splits.train if splits.train_labelled is None else splits.train_labelled
-    dataset = bank if splits.val is None else splits.val
+    source = flags.source(args, args.data, config.pixel_format)
+    bank_part, query_part = choose_parts(source)
+    bank, dataset = bank_part.dataset, query_part.dataset
 
     def encode(images, indices):
         """Those of the indices that can be read, [n], and their unit features, [n, d]."""
-        batches = embed(model, images, indices, config.img_size, args.workers, env)
-        positions, features = concatenate(batches)
-        return indices[positions], l2_normalize(features)
+        unreadable = UnreadableImages(max_fraction=1, num_images=len(images))
+        features, is_read = encode_dataset(
+            model, images, indices, config.img_size, args.workers, env, unreadable
+        )
+        return indices[is_read.cpu()], l2_normalize(features[is_read])
 
     chosen, queries = read_images(dataset, choose_images(dataset, args.images), config, args, env)
     _, query_features = encode(dataset, chosen)
@@ -238,11 +291,23 @@ def neighbours(args):
         found.unflatten(0, nearest.shape),
         similarity,
         same_class,
-        image_captions(splits, dataset, chosen),
-        image_captions(splits, bank, nearest.flatten()),
+        image_captions(query_part, chosen),
+        image_captions(bank_part, nearest.flatten()),
         dataset.pixel_format,
     )
-    save(figure, args.out)
+    save_figure(figure, args.out)
+
+
+def choose_parts(source):
+    """The Parts to search and to take images from, their labels numbered alike or None."""
+    splits, _ = load_knn_splits(source)
+    if splits is not None:
+        return Part(splits.train, splits.class_names), Part(splits.val, splits.class_names)
+    bank = source.train_labelled()
+    query = source.val() if source.has_val() else bank
+    if query is not bank:  # nothing tells that their classes are the same
+        query.dataset.labels = None
+    return bank, query
 
 
 def draw_neighbours(
@@ -302,12 +367,12 @@ def concatenate(batches):
     return torch.cat(first), torch.cat(second)
 
 
-def image_captions(splits, dataset, indices):
+def image_captions(part, indices):
     """A short text for each image: its class where there are labels, else its name."""
-    captions = []
+    captions, dataset = [], part.dataset
     for i in indices.tolist():
         if dataset.labels is not None:
-            text = splits.class_names[int(dataset.labels[i])]
+            text = part.class_names[int(dataset.labels[i])]
         elif isinstance(dataset, HuggingFaceDataset):
             text = str(i)  # the record's
         else:
@@ -334,11 +399,6 @@ def show_image(cell, image, pixel_format):
 
 def set_caption(cell, text):
     cell.set_xlabel(text, fontsize=8, labelpad=2)
-
-
-def save(figure, path):
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=100, format="png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""Datasets of images, and what is known of their classes.
+
+A dataset has a length, `labels` [n] or None, `pixel_format`, and for image i read(i) → uint8
+[C, H, W], name(i), which is printable, and raw_bytes(i) for the digest.
+"""
+
+import hashlib
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine.data.decode import RGB, UnreadableImage, decode_image
+from engine.errors import first_line, printable
+from moco.augmentation import luminance
+
+DIGEST_IMAGES = 64  # images whose content is part of a digest
+DIGEST_BYTES = 2**20  # at most so much of each file
+
+
+class ArrayDataset:
+    """Images in memory: uint8 [n, C, H, W], labels [n] or None; gray and RGB become each other."""
+
+    def __init__(self, images, labels=None, pixel_format=RGB):
+        self.images = torch.as_tensor(images)
+        self.labels = None if labels is None else torch.as_tensor(labels).long()
+        self.pixel_format = pixel_format
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, i):
+        image = self.images[i]
+        if self.pixel_format.in_chans == 1 and len(image) > 1:
+            image = luminance(image.float()).round().to(torch.uint8)
+        if self.pixel_format.in_chans == 3 and len(image) == 1:
+            image = image.repeat(3, 1, 1)
+        return image
+
+    def name(self, i):
+        return str(int(i))
+
+    def raw_bytes(self, i):
+        return self.images[i].numpy().tobytes()
+
+
+class EncodedDataset:
+    """Images that are decoded when they are read.
+
+    A subclass defines __len__, name(i) and get_bytes(i), the content of an image file.
+    """
+
+    labels = None
+
+    def read(self, i):
+        return _decode(lambda: self.get_bytes(i), self.pixel_format, self.name(i))
+
+    def raw_bytes(self, i):
+        """What tells the image from others: its size and its first bytes; empty if unreadable."""
+        try:
+            data = self.get_bytes(i)
+        except Exception:  # as in read
+            return b""
+        return b"%d " % len(data) + data[:DIGEST_BYTES]
+
+
+class ImageFileDataset(EncodedDataset):
+    """Image files: paths below `root`, labels [n] or None."""
+
+    def __init__(self, root, paths, labels=None, pixel_format=RGB):
+        self.root = str(root)
+        # One array of bytes: a million str objects would be copied, page by page, into each
+        # forked worker as their reference counts change.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = None if labels is None else torch.as_tensor(labels)
+        self.pixel_format = pixel_format
+
+    def __len__(self):
+        return len(self.paths)
+
+    def path(self, i):
+        """Path of the file, with the root."""
+        return os.path.join(self.root, os.fsdecode(self.paths[i]))
+
+    def name(self, i):
+        return printable(self.path(i))
+
+    def get_bytes(self, i):
+        return read_file(self.path(i))
+
+
+def _decode(get_bytes, pixel_format, name):
+    """decode_image(get_bytes()); whatever is wrong becomes an UnreadableImage called `name`."""
+    try:
+        return decode_image(get_bytes(), pixel_format)
+    except Exception as error:  # PIL raises nearly anything on a broken file
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UnreadableImage(name, reason) from None
+
+
+def read_image(path, pixel_format=RGB):
+    """An image file → uint8 [C, H, W], upright; UnreadableImage if it can't be read."""
+    return _decode(lambda: read_file(path), pixel_format, str(path))
+
+
+def read_file(path):
+    """The content of a regular file: a pipe would block, a device may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("no regular file")
+    return Path(path).read_bytes()
+
+
+class Listing(NamedTuple):
+    """What lies in a place: plain facts, which rank 0 finds and broadcasts.
+
+    names: of the images, below `root`. ignored: the number of other files by extension. labels:
+    those that a list or an archive states, "" for an image without; None: folders are the labels.
+    flaw: as in Part. empty: folders without images. index: a tar.TarIndex of images in archives.
+    """
+
+    root: str
+    names: list[str]
+    ignored: Counter
+    labels: list[str] | None = None
+    flaw: str = ""
+    empty: tuple[str, ...] = ()
+    index: object = None
+
+
+class Part(NamedTuple):
+    """Images, and what is known of their classes.
+
+    dataset: its labels [n] number class_names; both are None without labels. flaw: why labels that
+    are there can't be used. shared_folders: those below the split that all images are in: no class
+    here, but maybe one of another set's. remarks: on how the images were found, and what was left
+    out.
+    """
+
+    dataset: object
+    class_names: list[str] | None = None
+    flaw: str = ""
+    shared_folders: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def evenly_spaced(n, max_items):
+    """At most max_items of the indices 0 … n − 1, evenly spaced: a tensor."""
+    num_items = min(n, max_items)
+    return torch.arange(num_items) * n // num_items
+
+
+def dataset_digest(dataset, class_names=None):
+    """16 hex digits that tell these images and their labels from others.
+
+    They depend on the images' names below the dataset's root, on the name of each image's class,
+    and on the content of DIGEST_IMAGES images; neither on where the root is nor on the order of
+    the classes. class_names: of `labels`; without it classes are told apart by their numbers.
+    """
+    parts = [b"%d" % len(dataset)]
+    if isinstance(dataset, ImageFileDataset):
+        parts += [dataset.paths.dtype.str.encode(), dataset.paths.view(np.uint8)]
+    if dataset.labels is not None:
+        present, labels = dataset.labels.unique(return_inverse=True)
+        present = present.tolist()
+        names = [str(i) if class_names is None else class_names[i] for i in present]
+        sorted_names = sorted(names)
+        sorted_index = torch.tensor([sorted_names.index(name) for name in names])
+        parts.append("\0".join(sorted_names).encode(errors="surrogatepass"))
+        parts.append(sorted_index[labels].numpy())
+    parts += [dataset.raw_bytes(i) for i in evenly_spaced(len(dataset), DIGEST_IMAGES).tolist()]
+    hasher = hashlib.sha256()
+    for part in parts:  # each hashed for itself, so that none runs into the next
+        hasher.update(hashlib.sha256(part).digest())
+    return hasher.hexdigest()[:16]

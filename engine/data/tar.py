@@ -1,0 +1,165 @@
+"""Images in .tar archives, read where they lie, at random, by an index of their offsets."""
+
+import functools
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.data.images import ImageFileDataset, Listing
+from engine.data.layout import is_hidden, shared_folders
+from engine.errors import UserError, first_line
+
+COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+MAX_LABEL_BYTES = 2**16
+
+
+class TarIndex(NamedTuple):
+    """Where images lie. archives: below the root; spans: int64 [n, 3], archive, offset, size."""
+
+    archives: tuple[str, ...]
+    spans: np.ndarray
+
+    def strip_shards(self, names):
+        """The names without archives that are no folders: the only one, and shards.
+
+        Shards are called alike but for a number. So are ImageNet's classes, n01440764.tar.
+        """
+        lower = [archive.lower() for archive in self.archives]
+        stems = {re.sub(r"\d+(-of-\d+)?\.tar$", "", archive) for archive in lower}
+        are_wordnet = all(re.search(r"(^|/)n\d{8}\.tar$", archive) for archive in lower)
+        is_folder = len(lower) > 1 and (are_wordnet or len(stems) > 1)
+        numbers = self.spans[:, 0].tolist()
+        starts = [0 if is_folder else len(archive) + 1 for archive in self.archives]
+        stripped = [name[starts[number] :] for name, number in zip(names, numbers)]
+        return [name.replace(".tar/", "/").replace(".TAR/", "/") for name in stripped]
+
+
+class TarDataset(ImageFileDataset):
+    """Image files in archives: paths ARCHIVE/MEMBER below `root`."""
+
+    def __init__(self, root, paths, index, pixel_format):
+        super().__init__(root, paths, pixel_format=pixel_format)
+        self.archives, self.spans = index.archives, index.spans
+        self.states = [_state(os.stat(os.path.join(root, path))) for path in index.archives]
+
+    def get_bytes(self, i):
+        number, offset, size = self.spans[i].tolist()
+        state = self.states[number]
+        file = _open(os.path.join(self.root, self.archives[number]), state).fileno()
+        if _state(os.fstat(file)) != state:
+            raise OSError("the archive has changed since the run began")
+        # Not seek and read: the workers, which are forked, share the position in the file.
+        data = os.pread(file, size, offset)
+        if len(data) < size:
+            raise OSError("the archive is cut short")
+        return data
+
+
+def _state(status):
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=64)  # below the limit on open files, whatever the number of archives
+def _open(path, state):
+    """state: a file that replaces another one is opened anew."""
+    return open(path, "rb", buffering=0)
+
+
+def index(root, archives, extensions, bar):
+    """The images in archives below `root`, ARCHIVE/MEMBER → images.Listing.
+
+    UserError for an archive that is compressed, cut short or damaged.
+    """
+    images, ignored = [], Counter()  # of each image: name, label, span
+    for number, archive in enumerate(archives):
+        path = os.path.join(root, archive)
+        for name, label, span in _index_archive(path, extensions, ignored, bar):
+            images.append((f"{archive}/{name}", label, (number, *span)))
+    images.sort(key=lambda image: image[0].replace("/", "\0"))  # as sort_by_folder has it
+    names, labels, spans = map(list, zip(*images)) if images else ([], [], [])
+    index = TarIndex(tuple(archives), np.array(spans, np.int64))
+    labels = labels if any(labels) else None
+    return Listing(str(root), names, ignored, labels, index=index)
+
+
+def _index_archive(path, extensions, ignored, bar):
+    """Yields name, label and (offset, size) of each image in an archive."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(6).startswith(COMPRESSED_MAGIC):
+                raise UserError(f"{path} is compressed: gunzip, bunzip2, unxz or unzstd it")
+            members = {}
+            for name, span in _read_members(file, 0, os.path.getsize(path), ignored):
+                members[name] = span
+                bar.update()
+            num_shared = len(shared_folders(list(members))) if members else 0
+            for name, span in members.items():
+                if any(map(is_hidden, name.split("/")[num_shared:])):
+                    continue
+                key, extension = re.fullmatch(r"((?:.*/)?[^./]*)(.*)", name, re.DOTALL).groups()
+                is_image, label = name.lower().endswith(extensions), ""
+                beside = [members.get(f"{key}.{kind}") for kind in ("cls", "json")]
+                if any(beside):  # as WebDataset names files: KEY.jpg, KEY.cls; KEY.mask.png is none
+                    is_image = extension.lower() in extensions
+                    label = _read_label(file, *beside) if is_image else ""
+                if is_image:
+                    yield name, label, span
+                elif span not in beside:
+                    ignored[os.path.splitext(name)[1].lower()] += 1
+    except UserError:
+        raise
+    except Exception as error:  # tarfile raises nearly anything on a damaged header
+        raise UserError(f"{path} is not a whole .tar, copy it again: {first_line(error)}") from None
+
+
+def _read_members(file, start, end, ignored):
+    """Yields name, (offset, size) of the files in an archive, those of archives in it included.
+
+    Hidden files are skipped; `ignored` counts links and the like.
+    """
+    file.seek(start)
+    tar = tarfile.TarFile(fileobj=file)
+    for member in iter(tar.next, None):
+        tar.members.clear()  # a kilobyte each
+        name, offset, size = os.path.normpath(member.name), member.offset_data, member.size
+        if is_hidden(os.path.basename(name)) or member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            ignored["links and sparse files"] += 1
+            continue
+        if size < 0 or offset + size > end:
+            raise tarfile.ReadError("it is cut short or damaged")
+        if name.lower().endswith(".tar"):
+            for inner, span in _read_members(file, offset, offset + size, ignored):
+                yield f"{name}/{inner}", span
+        else:
+            yield name, (offset, size)
+    if tar.offset + tarfile.BLOCKSIZE > end:
+        raise tarfile.ReadError("it is cut short")
+    file.seek(tar.offset)
+    if file.read(min(2**20, end - tar.offset)).strip(b"\0"):
+        raise tarfile.ReadError(f"it is damaged, or several in one, at byte {tar.offset}")
+
+
+def _read_label(file, cls, json_fields):
+    """The text in KEY.cls, else `label` or `cls` in KEY.json, else ""; their offsets and sizes."""
+    offset, size = cls or json_fields
+    if size > MAX_LABEL_BYTES:
+        return ""
+    text = os.pread(file.fileno(), size, offset).decode(errors="replace").strip()
+    if cls:
+        return text
+    with suppress(ValueError, AttributeError, RecursionError):  # not JSON, not an object
+        fields = json.loads(text)
+        for label in (fields.get("label"), fields.get("cls")):
+            if isinstance(label, float) and label.is_integer():  # as pandas writes integers
+                label = int(label)
+            if isinstance(label, int | str):
+                return str(label)
+    return ""

@@ -1,0 +1,62 @@
+"""What the scripts that start from pre-trained weights share: the probe and fine-tuning."""
+
+from pathlib import Path
+
+from engine import evaluation, flags, launch
+from engine.data.splits import load_splits, load_val
+from engine.data.unreadable import UnreadableImages
+from engine.weights import check_num_classes
+
+
+def add_flags(add):
+    """--pretrained and --from-scratch; add: of the group "model"."""
+    flags.add_pretrained_flag(add)
+    scratch = "control: random weights in the backbone of --pretrained or -a"
+    add("--from-scratch", scratch, action="store_true")
+
+
+def output_folder(args, job):
+    """--output-dir, or runs/RUN_JOB for a checkpoint in …/RUN."""
+    run = Path(args.pretrained).resolve().parent.name if args.pretrained else args.arch
+    control = "_from_scratch" if args.from_scratch else ""
+    return flags.output_folder(args.output_dir, f"{run}_{job}{control}", args.data, args.val)
+
+
+def load_training_splits(args, pixel_format):
+    """The labelled images of DIR, validated on --val's if it is given → Splits."""
+    val_source = flags.source(args, args.val, pixel_format) if args.val else None
+    return load_splits(flags.source(args, args.data, pixel_format), val_source)
+
+
+def load_test_splits(args, config, class_names, classifier):
+    """The images of DIR to measure a classifier on, labelled by its class_names → Splits.
+
+    UserError unless it has as many outputs as they have classes.
+    """
+    splits = load_val(
+        flags.source(args, args.data, config.pixel_format), class_names, args.pretrained
+    )
+    check_num_classes(classifier, splits.num_classes, args.pretrained)
+    launch.print_rank0(f"data    {args.data}: {splits}")
+    return splits
+
+
+def print_accuracy(args, classify, splits, config, env):
+    """The accuracy of a single classifier on splits.val, in a line."""
+    unreadable = UnreadableImages(args.max_bad_images, len(splits.val))
+    [(acc1, acc5)] = evaluation.accuracy(
+        classify, 1, splits.val, config, args.workers, env, unreadable
+    )
+    text = evaluation.format_accuracy(acc1, acc5, splits.num_classes)
+    launch.print_rank0(f"{text} on {len(splits.val):,} images")
+
+
+def print_config(args, run, model, splits, lr):
+    """Prints what this run is; model, lr: the texts of these two lines."""
+    weights = "a random initialization" if args.from_scratch else args.pretrained
+    run.print_config(
+        model=f"{model}, from {weights}",
+        data=f"{args.data}: {splits}",
+        batch=run.loader.batch_sampler,
+        lr=lr,
+    )
