@@ -136,7 +136,7 @@ def evaluate_saved(args, env):
 def finetune(args, env):
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     folder = downstream.output_folder(args, "finetune")
-    checkpoints = find_checkpoints(folder, args.resume)
+    checkpoint_paths = find_checkpoints(folder, args.resume)
     options = flags.backbone_options(args)
     model, config = weights.create_pretrained_backbone(
         args.pretrained, options, args.from_scratch, args.drop_path
@@ -155,7 +155,7 @@ def finetune(args, env):
     # Mixup and drop path draw in each process.
     draws = dict(same_world_size=mixup is not None or args.drop_path > 0)
     options = flags.run_options(args) | draws
-    run = Run(folder, env, loader, metadata, state, resume_from=checkpoints, **options)
+    run = Run(folder, env, loader, metadata, state, resume_from=checkpoint_paths, **options)
     run.resume()
     run.metadata["best_acc1"] = results.best[0][0]
     ddp_model = env.wrap_ddp(model)

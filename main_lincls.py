@@ -99,10 +99,10 @@ def main(args):
     if args.evaluate:
         evaluate_saved(args, env)
         return
-    folder, checkpoints = None, []
+    folder, checkpoint_paths = None, []
     if args.epochs > 0:
         folder = downstream.output_folder(args, "lincls")
-        checkpoints = find_checkpoints(folder, args.resume)
+        checkpoint_paths = find_checkpoints(folder, args.resume)
     options = flags.backbone_options(args)
     backbone, config = weights.create_pretrained_backbone(
         args.pretrained, options, args.from_scratch
@@ -112,7 +112,7 @@ def main(args):
     if args.knn:
         print_knn(args, splits, backbone, config, env)
     if args.epochs > 0:
-        train(args, env, splits, backbone, config, folder, checkpoints)
+        train(args, env, splits, backbone, config, folder, checkpoint_paths)
 
 
 def freeze(backbone):
@@ -142,7 +142,7 @@ def evaluate_saved(args, env):
     downstream.print_accuracy(args, classify, splits, config, env)
 
 
-def train(args, env, splits, backbone, config, folder, checkpoints):
+def train(args, env, splits, backbone, config, folder, checkpoint_paths):
     """Trains the classifiers, prints their table, writes each in the published layout."""
     crop_dataset = LabelledCrops(splits.train, config.img_size, args.crop_min, args.seed)
     sampler = EpochBatchSampler(len(crop_dataset), args.batch_size, args.seed)
@@ -157,7 +157,7 @@ def train(args, env, splits, backbone, config, folder, checkpoints):
     state = dict(model=classifiers, optimizer=optimizer, results=results)
     can_diverge = dict(allow_divergence=len(args.lr) > 1)  # one of several classifiers may fail
     options = flags.run_options(args) | can_diverge
-    run = Run(folder, env, loader, metadata, state, resume_from=checkpoints, **options)
+    run = Run(folder, env, loader, metadata, state, resume_from=checkpoint_paths, **options)
     run.resume()
     ddp_classifiers = env.wrap_ddp(classifiers)
     classify = classify_features(backbone, classifiers, env)

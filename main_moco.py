@@ -104,7 +104,7 @@ def check_args(parser, args):
 def main(args):
     env = launch.init_distributed(args.device, args.amp, args.timeout)
     folder = flags.output_folder(args.output_dir, args.arch, args.data, args.knn_data)
-    checkpoints = find_checkpoints(folder, args.resume)
+    checkpoint_paths = find_checkpoints(folder, args.resume)
 
     config = choose_config(flags.backbone_options(args))
     source = flags.source(args, args.data, config.pixel_format)
@@ -121,7 +121,7 @@ def main(args):
     metadata = run_metadata(config, vars(args), env, train.dataset, train.class_names)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     options = flags.run_options(args)
-    run = Run(folder, env, loader, metadata, state, resume_from=checkpoints, **options)
+    run = Run(folder, env, loader, metadata, state, resume_from=checkpoint_paths, **options)
     if args.init_from and not run.resuming:
         initialize(args, model, config.pixel_format)
     run.resume()
