@@ -31,6 +31,10 @@ from moco.distributed import is_main, world_size
 
 KEPT_NAMES = re.compile(r"best\.pth|checkpoint_\d+\.pth|linear_lr.*\.pth")
 NEVER_ALLOWED = {"class_names", "optimizer"}  # differences, even if others may be
+# Arguments that may differ between hosts: what they lead to is compared, where it matters.
+MAY_DIFFER = set(
+    "data data_root val knn_data pretrained init_from output_dir resume workers".split()
+)
 PLOT_SECONDS = 60  # between two drawings of curves.png
 MIN_LOSS_SCALE = 2.0**-10  # fp16 whose gradients overflow even at this scale won't recover
 
@@ -142,7 +146,7 @@ class Run:
         those of the run, or not the same on all ranks.
         """
         args = self.metadata["args"]
-        flags = {_flag(name): args[name] for name in args if name not in self.may_change}
+        flags = {_flag(name): args[name] for name in args if name not in MAY_DIFFER}
         precision = {"the precision": self.metadata["precision"]}
         check_same_on_all_ranks(flags | precision, "start all processes with the same flags")
         for path, older in zip(self.resume_from, [*self.resume_from[1:], None]):
@@ -155,6 +159,7 @@ class Run:
                 print_rank0(f"{damage}; going back to {older}", sys.stderr)
         facts = {
             "the images": self.metadata["data_digest"],
+            "the images to validate": self.metadata["val_digest"],
             "the frozen weights": self.metadata["frozen_digest"],
             "the step": self.step,
         }

@@ -384,18 +384,20 @@ def test_another_scripts_checkpoint_is_refused(script, pretrained, tmp_path):
     assert code == 2 and "was written by another script" in err and err.count("\n") == 1
 
 
-def test_ranks_that_were_started_with_other_flags_are_refused(tmp_path):
-    """On two hosts, for example; they would train with two learning rates."""
+@pytest.mark.parametrize("flag, values", [("--lr", (0.1, 0.2)), ("--print-freq", (1, 2))])
+def test_ranks_that_were_started_with_other_flags_are_refused(tmp_path, flag, values):
+    """On two hosts, for example; they would train with two learning rates, or wait in vain."""
     children = []
-    for lr, variables in zip((0.1, 0.2), torchrun_variables(2)):
-        folder = tmp_path / f"rank{lr}"
+    for value, variables in zip(values, torchrun_variables(2)):
+        folder = tmp_path / f"rank{value}"
         folder.mkdir()
-        argv = (*TINY, "--lr", lr, "--output-dir", tmp_path / "run")
+        argv = (*TINY, flag, value, "--output-dir", tmp_path / "run")
         children.append(Child(folder, "main_moco.py", *argv, env=variables))
     for child in children:
         assert child.wait() == 2
     outputs = [child.said() for child in children]
-    assert "the processes disagree about --lr: 0.1 and 0.2; start all" in outputs[0], outputs
+    words = f"the processes disagree about {flag}: {values[0]} and {values[1]}; start all"
+    assert words in outputs[0], outputs
     assert not (tmp_path / "run").exists()
 
 
