@@ -24,7 +24,7 @@ def is_hidden(name):
 
 
 def split_of(name):
-    """ "train", "val" or "test" for a name of that split, such as Validation; else None."""
+    """The split that a name such as Validation tells, "train", "val" or "test"; else None."""
     split = OTHER_NAMES.get(name.lower(), name.lower())
     return split if split in ("train", "val", "test") else None
 
