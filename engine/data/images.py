@@ -57,7 +57,10 @@ class EncodedDataset:
     labels = None
 
     def read(self, i):
-        return _decode(lambda: self.get_bytes(i), self.pixel_format, self.name(i))
+        try:
+            return decode_image(self.get_bytes(i), self.pixel_format)
+        except Exception as error:  # PIL raises nearly anything on a broken file
+            raise UnreadableImage(self.name(i), _reason(error)) from None
 
     def raw_bytes(self, i):
         """What tells the image from others: its size and its first bytes; empty if unreadable."""
@@ -93,18 +96,16 @@ class ImageFileDataset(EncodedDataset):
         return read_file(self.path(i))
 
 
-def _decode(get_bytes, pixel_format, name):
-    """decode_image(get_bytes()); whatever is wrong becomes an UnreadableImage called `name`."""
-    try:
-        return decode_image(get_bytes(), pixel_format)
-    except Exception as error:  # PIL raises nearly anything on a broken file
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UnreadableImage(name, reason) from None
-
-
 def read_image(path, pixel_format=RGB):
     """An image file → uint8 [C, H, W], upright; UnreadableImage if it can't be read."""
-    return _decode(lambda: read_file(path), pixel_format, str(path))
+    try:
+        return decode_image(read_file(path), pixel_format)
+    except Exception as error:  # as above
+        raise UnreadableImage(str(path), _reason(error)) from None
+
+
+def _reason(error):
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def read_file(path):
