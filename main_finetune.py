@@ -23,6 +23,7 @@ from torch import nn
 
 from engine import cli, downstream, evaluation, flags, launch, weights
 from engine.backbones import Classifier, check_bf16_conv_gradients
+from engine.compiler import should_compile
 from engine.data.loader import create_loader
 from engine.data.sampler import EpochBatchSampler
 from engine.data.timm_crops import TransformedCrops, create_training_transform, seed_generators
@@ -30,6 +31,7 @@ from engine.errors import UserError
 from engine.evaluation import AccuracyRecord, format_accuracy
 from engine.run import Run, find_checkpoints, run_metadata
 from moco import optimizer_step, scaled_lr, set_lr, warmup_cosine_lr
+from moco.compilation import compile_backbone
 from moco.distributed import rank, world_size
 
 INTERPOLATION = "bicubic"  # of the crops and of the images that are measured
@@ -73,7 +75,7 @@ def parse_args(argv=None):
     add("--evaluate-ema", evaluate_ema, action="store_true")
     flags.add_evaluation_flags(parser)
     flags.add_run_flags(parser)
-    flags.add_hardware_flags(parser)
+    flags.add_compile_flag(flags.add_hardware_flags(parser))
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
@@ -149,6 +151,8 @@ def finetune(args, env):
 
     optimizer = create_adamw(args, model, config.arch)
     ema = create_ema(args, model, num_steps=args.epochs * len(loader))
+    if should_compile(args.compile, model, env.device):
+        compile_backbone(model)
     scaler, results = env.grad_scaler(), AccuracyRecord(1)
     metadata = run_metadata(config, vars(args), env, splits.train, splits.class_names, splits.val)
     state = dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema, results=results)
@@ -162,7 +166,7 @@ def finetune(args, env):
 
     with run:
         lr = f"{args.lr:g} · {args.batch_size}/256 = {scaled_lr(args.lr, args.batch_size):g}, adamw"
-        downstream.print_config(args, run, config.arch, splits, lr)
+        downstream.print_config(args, run, config.arch, model, splits, lr)
         for epoch in range(run.epoch + 1, args.epochs + 1):
             train_one_epoch(args, run, ddp_model, model, ema, loader, mixup, optimizer, scaler)
             classify = classify_images(ema.module if args.evaluate_ema else model, env)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import cli, downstream, evaluation, flags, launch, weights
+from engine.compiler import should_compile
 from engine.data.crops import LabelledCrops
 from engine.data.loader import create_loader
 from engine.data.sampler import EpochBatchSampler
@@ -27,6 +28,7 @@ from engine.run import Run, find_checkpoints, run_metadata
 from moco import optimizer_step, scaled_lr, warmup_cosine_lr
 from moco.augmentation import normalize
 from moco.batchnorm import ViewBatchNorm, at_least_fp32
+from moco.compilation import compile_backbone
 from moco.distributed import all_gather
 
 
@@ -46,7 +48,7 @@ def parse_args(argv=None):
     add("--knn", "measure kNN accuracy, before the probe", action="store_true")
     add("--knn-bank", "training images that kNN searches; all by default", type=flags.positive_int)
     flags.add_run_flags(parser)
-    flags.add_hardware_flags(parser)
+    flags.add_compile_flag(flags.add_hardware_flags(parser))
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
@@ -112,6 +114,8 @@ def main(args):
     if args.knn:
         print_knn(args, splits, backbone, config, env)
     if args.epochs > 0:
+        if should_compile(args.compile, backbone, env.device):
+            compile_backbone(backbone)
         train(args, env, splits, backbone, config, folder, checkpoint_paths)
 
 
@@ -164,7 +168,7 @@ def train(args, env, splits, backbone, config, folder, checkpoint_paths):
 
     with run:
         lrs = ", ".join(f"{lr:g}" for lr in args.lr) + f" · {args.batch_size}/256"
-        downstream.print_config(args, run, f"{config.arch}, frozen", splits, lrs)
+        downstream.print_config(args, run, f"{config.arch}, frozen", backbone, splits, lrs)
         for epoch in range(run.epoch + 1, args.epochs + 1):
             train_one_epoch(args, run, ddp_classifiers, backbone, loader, optimizer)
             accuracies = evaluation.accuracy(

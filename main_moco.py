@@ -16,6 +16,7 @@ import torch
 
 from engine import cli, flags, launch, plots, weights
 from engine.backbones import check_bf16_conv_gradients, choose_config, create_backbone
+from engine.compiler import should_compile
 from engine.data.crops import TwoCrops
 from engine.data.loader import create_loader, unpack_batches
 from engine.data.sampler import EpochBatchSampler
@@ -33,6 +34,7 @@ from moco import (
     set_lr,
     warmup_cosine_lr,
 )
+from moco.compilation import is_compiled
 from moco.gradients import GradientMonitor
 from vits import POOLING
 
@@ -83,7 +85,7 @@ def parse_args(argv=None):
     add = flags.add_hardware_flags(parser)
     chunk = "views that pass the backbone at a time: less memory, the same gradient; 0: all"
     add("--encode-chunk", chunk, type=count, default=0)
-    add("--compile", "torch.compile the backbones", action="store_true")
+    flags.add_compile_flag(add)
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args
@@ -196,7 +198,7 @@ def create_model(args, config, env):
         mlp_dim=args.moco_mlp_dim,
         T=args.moco_t,
         encode_chunk=args.encode_chunk,
-        compile=args.compile,
+        compile=should_compile(args.compile, backbone, env.device),
         head_bn=not args.no_head_bn,
         use_predictor=not args.no_predictor,
     )
@@ -241,6 +243,7 @@ def evaluate(run, monitor, model):
 
 def print_config(args, run, model, source, train, knn_splits, why_no_knn):
     num_params = sum(p.numel() for p in model.parameters())
+    arch = f"{args.arch}, compiled" if is_compiled(model) else args.arch
     val, remarks = None, (*source.remarks, *train.remarks)
     if knn_splits is not None and not args.knn_data:
         val, remarks = knn_splits.val, knn_splits.remarks
@@ -248,7 +251,7 @@ def print_config(args, run, model, source, train, knn_splits, why_no_knn):
         remarks = (f"kNN is off: {why_no_knn}", *remarks)
     peak_lr = scaled_lr(args.lr, args.batch_size)
     lines = dict(
-        model=f"{args.arch}, {num_params:,} parameters with both encoders and predictor",
+        model=f"{arch}, {num_params:,} parameters with both encoders and predictor",
         data=f"{args.data}: {describe(train.dataset, val, train.class_names, remarks)}",
         batch=run.loader.batch_sampler,
         lr=f"{args.lr:g} · {args.batch_size}/256 = {peak_lr:g}, {args.optimizer}",

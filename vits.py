@@ -8,6 +8,7 @@ import math
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
@@ -134,13 +135,30 @@ class VisionTransformer(TimmVisionTransformer):
         if isinstance(self.head, nn.Linear):
             xavier_uniform_(self.head)
         if not conv_stem:  # Xavier-uniform, the projection seen as one Linear(3·p², d)
-            projection = self.patch_embed.proj
+            self.patch_embed.proj = projection = PatchProjection(self.patch_embed.proj)
             fan_in = projection.weight[0].numel()
             bound = math.sqrt(6 / (fan_in + dim))
             nn.init.uniform_(projection.weight, -bound, bound)
             nn.init.zeros_(projection.bias)
         if stop_grad_conv1:
             self.patch_embed.proj.requires_grad_(False)
+
+
+class PatchProjection(nn.Module):
+    """A convolution whose stride is its kernel's size, as one matrix product over its weight.
+
+    [N, C, H, W] → [N, d, H/p, W/p]. The kernels of cuDNN and of torch's CPU are slower.
+    """
+
+    def __init__(self, conv):
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias  # [d, C, p, p], [d]
+
+    def forward(self, x):
+        p_h, p_w = self.weight.shape[2:]
+        x = x.unflatten(2, (-1, p_h)).unflatten(4, (-1, p_w))  # [N, C, H/p, p, W/p, p]
+        patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [N, H/p, W/p, C·p·p]
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class ConvStem(nn.Module):

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 
 import torch
 
@@ -106,6 +107,7 @@ def run_script(main, parse_args):
     """main(parse_args()); what goes wrong becomes one line on stderr and an exit code."""
     script = os.path.basename(sys.argv[0])
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names have any encoding
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     exit_code, message, rank_local, args = 0, None, True, None
     ended_together = False  # whether all processes come here
     try:

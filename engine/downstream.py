@@ -6,6 +6,7 @@ from engine import evaluation, flags, launch
 from engine.data.splits import load_splits, load_val
 from engine.data.unreadable import UnreadableImages
 from engine.weights import check_num_classes
+from moco.compilation import is_compiled
 
 
 def add_flags(add):
@@ -51,8 +52,9 @@ def print_accuracy(args, classify, splits, config, env):
     launch.print_rank0(f"{text} on {len(splits.val):,} images")
 
 
-def print_config(args, run, model, splits, lr):
+def print_config(args, run, model, backbone, splits, lr):
     """Prints what this run is; model, lr: the texts of these two lines."""
+    model += ", compiled" if is_compiled(backbone) else ""
     weights = "a random initialization" if args.from_scratch else args.pretrained
     run.print_config(
         model=f"{model}, from {weights}",

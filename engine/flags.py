@@ -102,6 +102,12 @@ def add_hardware_flags(parser):
     return add
 
 
+def add_compile_flag(add):
+    """add: of the group "hardware" of a script that trains."""
+    compiled = "torch.compile the backbone (default: ViTs on CUDA)"
+    add("--compile", compiled, action=argparse.BooleanOptionalAction)
+
+
 def add_pretrained_flag(add, required=False):
     """add: of the group "model"."""
     kinds = "weights of ours, the official release, timm, DeiT, MAE, DINO, MMPretrain"
@@ -135,6 +141,8 @@ def check_downstream(parser, args):
         parser.error("--evaluate measures --pretrained, --resume continues training: give one")
     if args.evaluate and args.val:
         parser.error("--evaluate measures the images in DIR: give them there, without --val")
+    if args.compile and (args.evaluate or args.epochs == 0):
+        parser.error("--compile is for training, and nothing is trained: drop it")
 
 
 # From flags to what the library takes

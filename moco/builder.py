@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # of 1 to 3 d
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from moco.batchnorm import ViewBatchNorm, at_least_fp32
+from moco.compilation import compile_backbone
 from moco.distributed import all_gather, rank
 
 CPU_CONCAT_LIMIT = 2**20  # elements of a view; benchmarks/step.py --levers concat_views
@@ -25,7 +26,7 @@ class MoCo(nn.Module):
     encode_chunk: if > 0, the backbone sees so many images of a view at a time and its backward pass
         recomputes their activations; heads and loss see the whole batch, so the gradient is the
         same with less memory. Needs a backbone without BatchNorm.
-    compile: torch.compile the encoders.
+    compile: torch.compile the encoders, a ViT's block by block.
     head_bn, use_predictor: False for the study of what they are worth (Sec. 6.2).
 
     `base_encoder(x)` remains [N, d], the features for downstream use: the projector passes its
@@ -45,7 +46,6 @@ class MoCo(nn.Module):
     ):
         super().__init__()
         self.T, self.encode_chunk = T, encode_chunk
-        self.call_encoder = torch.compile(call_encoder) if compile else call_encoder
         has_batchnorm = any(isinstance(m, AnyBatchNorm) for m in backbone.modules())
         if encode_chunk and has_batchnorm:
             raise ValueError(
@@ -64,6 +64,9 @@ class MoCo(nn.Module):
         self.predictor = nn.Sequential(*layers if use_predictor else [])
         self.base_encoder = backbone
         self.momentum_encoder = copy.deepcopy(backbone).requires_grad_(False)  # f_k = f_q at first
+        if compile:
+            compile_backbone(self.base_encoder)
+            compile_backbone(self.momentum_encoder)
 
     def forward(self, x1, x2):
         """x1, x2: [N, in_chans, H, W] → loss, {"top1", "feature_std"}; scalars on the device.
@@ -89,9 +92,9 @@ class MoCo(nn.Module):
             h = torch.stack([self.encode_in_chunks(encoder, x) for x in (x1, x2)])
         # On a CPU a large batch is faster one view after the other.
         elif self.concat_views and not (x1.is_cpu and x1.numel() > CPU_CONCAT_LIMIT):
-            h = self.call_encoder(encoder, torch.cat([x1, x2])).unflatten(0, (2, len(x1)))
+            h = encoder(torch.cat([x1, x2])).unflatten(0, (2, len(x1)))
         else:
-            h = torch.stack([self.call_encoder(encoder, x) for x in (x1, x2)])
+            h = torch.stack([encoder(x) for x in (x1, x2)])
         if h.shape[1:] != (len(x1), encoder.num_features):
             raise ValueError(
                 f"the backbone returned {list(h.shape[1:])} for a view, not the features "
@@ -103,7 +106,7 @@ class MoCo(nn.Module):
         """One view → [N, d], keeping no activations (Chen et al. 2016, arXiv 1604.06174)."""
 
         def encode(start):
-            return self.call_encoder(encoder, x[start : start + self.encode_chunk])
+            return encoder(x[start : start + self.encode_chunk])
 
         starts = range(0, len(x), self.encode_chunk)
         chunks = [activation_checkpoint(encode, start, use_reentrant=False) for start in starts]
@@ -164,10 +167,6 @@ def build_mlp(dims, bn=True, last_bn=None):
 
 def projector(encoder):
     return encoder.get_submodule(encoder.classifier_name)
-
-
-def call_encoder(encoder, x):
-    return encoder(x)
 
 
 def find_classifier(backbone):

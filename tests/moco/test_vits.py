@@ -28,6 +28,18 @@ def test_sincos_position_embedding_matches_the_formula(grid_h, grid_w, dim):
                 assert values == pytest.approx(expected, abs=1e-6)
 
 
+def test_patch_projection_is_the_convolution():
+    """In float64, with all gradients, for patches and images that aren't square."""
+    conv = torch.nn.Conv2d(2, 24, (4, 8), (4, 8), dtype=torch.float64)
+    x = torch.randn(3, 2, 12, 32, dtype=torch.float64, requires_grad=True)
+    results = []
+    for projection in (conv, vits.PatchProjection(conv)):
+        y = projection(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, conv.weight, conv.bias])])
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
+
+
 def test_init_is_within_its_bounds_and_fills_them():
     vit = create_backbone(BackboneConfig("vit_small"))
     block = vit.blocks[3]
