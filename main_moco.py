@@ -27,6 +27,7 @@ from engine.run import Run, find_checkpoints, run_metadata
 from moco import (
     MoCo,
     augment,
+    augment_compiled,
     cosine_momentum,
     create_optimizer,
     optimizer_step,
@@ -71,6 +72,8 @@ def parse_args(argv=None):
     temperature = "temperature of the contrastive loss"
     add("--moco-t", temperature, type=flags.positive_float, default=1.0)
 
+    flags.add_augmentation_flags(parser)
+
     add = parser.group("evaluation", may_change=True)
     count = flags.non_negative_int
     add("--knn-every", "epochs between kNN and RankMe; 0: never", type=count, default=10)
@@ -112,7 +115,8 @@ def main(args):
     source = flags.source(args, args.data, config.pixel_format)
     train = source.train()
     knn_splits, why_no_knn = choose_knn_splits(args, source, config.pixel_format)
-    crop_dataset = TwoCrops(train.dataset, config.img_size, args.crop_min, args.seed)
+    policy = flags.augmentation_policy(args)
+    crop_dataset = TwoCrops(train.dataset, config.img_size, args.crop_min, args.seed, policy)
     sampler = EpochBatchSampler(len(crop_dataset), args.batch_size, args.seed)
     check_schedule(args, steps_per_epoch=len(sampler))
     loader = create_loader(crop_dataset, sampler, args.workers, env.device, persistent=True)
@@ -156,15 +160,17 @@ def train_one_epoch(args, run, ddp_model, model, loader, optimizer, scaler):
     chance = 4 * args.moco_t * math.log(args.batch_size)  # two terms of 2τ · ln N
     peak_lr = scaled_lr(args.lr, args.batch_size)
     grad_monitor = GradientMonitor(model.base_encoder)
+    compile = is_compiled(model)
     ddp_model.train()
-    for crops, params in run.batches(loader):  # uint8 [2, N, C, H, W], float32 [2, N, 9]
+    for crops, params in run.batches(loader):  # uint8 [2, N, C, H, W], float32 [2, N, 10]
         t = run.step / len(loader)  # in epochs
         lr = warmup_cosine_lr(t, args.epochs, args.warmup_epochs, peak_lr)
         m = cosine_momentum(t, args.epochs, args.moco_m) if args.moco_m_cos else args.moco_m
         set_lr(optimizer, lr)
 
         dtype = env.amp_dtype or torch.float32
-        x1, x2 = make_views(env.to_device(crops), params, pixel_format, dtype, args.encode_chunk)
+        crops = env.to_device(crops)
+        x1, x2 = make_views(crops, params, pixel_format, dtype, args.encode_chunk, compile)
         with env.autocast():
             loss, metrics = ddp_model(x1, x2)
         grads = optimizer_step(loss, optimizer, scaler, args.clip_grad, grad_monitor)
@@ -174,8 +180,8 @@ def train_one_epoch(args, run, ddp_model, model, loader, optimizer, scaler):
         run.end_step(loss=loss, **metrics, **grads, chance=chance, lr=lr, m=m)
 
 
-def make_views(crops, params, pixel_format, dtype=torch.float32, chunk=0):
-    """crops: uint8 [2, N, C, H, W] on the device; params: float32 [2, N, 9] on the CPU → x1, x2.
+def make_views(crops, params, pixel_format, dtype=torch.float32, chunk=0, compile=False):
+    """crops: uint8 [2, N, C, H, W] on the device; params: float32 [2, N, 10] on the CPU → x1, x2.
 
     dtype: of the views; that of autocast loses nothing, for the first layer rounds to it anyway.
     chunk: augment so many images at a time, so that a large batch is in float32 nowhere; 0: all.
@@ -183,8 +189,9 @@ def make_views(crops, params, pixel_format, dtype=torch.float32, chunk=0):
     images, params = crops.flatten(0, 1), params.flatten(0, 1)
     views = torch.empty(images.shape, dtype=dtype, device=images.device)  # contiguous
     size = chunk or len(images)
+    augment_chunk = augment_compiled if compile else augment
     for x, crop, param in zip(views.split(size), images.split(size), params.split(size)):
-        x.copy_(augment(crop, param, pixel_format.mean, pixel_format.std))
+        x.copy_(augment_chunk(crop, param, pixel_format.mean, pixel_format.std))
     return views.chunk(2)
 
 

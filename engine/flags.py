@@ -9,6 +9,7 @@ from engine.data.named import NAMED_SETS
 from engine.data.places import image_folders
 from engine.data.splits import open_source
 from engine.errors import UserError
+from moco.augmentation import PAPER, Policy
 
 BACKBONE_OPTIONS = (
     "arch img_size patch_size small_stem in_chans mean std max_value max_pixels pos_embed pool"
@@ -70,6 +71,22 @@ def add_optimization_flags(parser, epochs, batch_size):
     crop = "smallest random crop, as a fraction of the image's area"
     add("--crop-min", crop, type=fraction, default=0.08)
     return add
+
+
+def add_augmentation_flags(parser):
+    """Of the two views of pre-training; the defaults are the paper's."""
+    add, probability = parser.group("augmentation"), dict(type=fraction, metavar="P")
+    jitter = "largest change of brightness, contrast, saturation (factors) and hue (turns)"
+    strengths = (PAPER.brightness, PAPER.contrast, PAPER.saturation, PAPER.hue)
+    add("--color-jitter", jitter, type=fraction, nargs=4, metavar="X", default=strengths)
+    add("--jitter-p", "probability of color jitter", default=PAPER.jitter_p, **probability)
+    add("--grayscale-p", "probability of grayscale", default=PAPER.grayscale_p, **probability)
+    two = dict(nargs="+", action=OneOrTwo) | probability
+    add("--blur-p", "probability of blur, for both views or each", default=PAPER.blur_p, **two)
+    add("--solarize-p", "probability of solarization", default=PAPER.solarize_p, **two)
+    add("--hflip-p", "probability of a horizontal flip", default=PAPER.flip_p, **probability)
+    vertical = "probability of a vertical flip"
+    add("--vflip-p", vertical, default=PAPER.vertical_flip_p, **probability)
 
 
 def add_run_flags(parser):
@@ -155,6 +172,25 @@ def backbone_options(args):
         if options[name] is not None:  # a side, or height and width
             options[name] = (options[name][0], options[name][-1])
     return options
+
+
+def augmentation_policy(args):
+    """moco.Policy of the flags. UserError for a hue of more than half a turn."""
+    brightness, contrast, saturation, hue = args.color_jitter
+    if hue > 0.5:
+        raise UserError(f"--color-jitter: a hue of {hue:g} is more than 0.5, half a turn")
+    return Policy(
+        brightness,
+        contrast,
+        saturation,
+        hue,
+        jitter_p=args.jitter_p,
+        grayscale_p=args.grayscale_p,
+        blur_p=(args.blur_p[0], args.blur_p[-1]),
+        solarize_p=(args.solarize_p[0], args.solarize_p[-1]),
+        flip_p=args.hflip_p,
+        vertical_flip_p=args.vflip_p,
+    )
 
 
 def run_options(args):

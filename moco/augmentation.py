@@ -9,19 +9,41 @@ them as they are.
 
 import functools
 import itertools
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 import torch
 
+from moco.compilation import inductor_or_eager
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA_WEIGHTS = (0.2989, 0.587, 0.114)
+BLUR_SIGMA = (0.1, 2.0)  # pixels
+SOLARIZE_THRESHOLD = 128 / 255
 
-# Strengths and probabilities of the paper (Appendix, after BYOL); a pair is (view 1, view 2).
-BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
-JITTER_P, GRAYSCALE_P, FLIP_P = 0.8, 0.2, 0.5
-BLUR_SIGMA, BLUR_P = (0.1, 2.0), (1.0, 0.1)
-SOLARIZE_THRESHOLD, SOLARIZE_P = 128 / 255, (0.0, 0.2)
+
+@dataclass(frozen=True)
+class Policy:
+    """Strengths and probabilities, by default the paper's (Appendix, after BYOL).
+
+    A factor of brightness, contrast or saturation is drawn from 1 ± its strength, a shift of the
+    hue from ± hue turns. A pair is (view 1, view 2).
+    """
+
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    jitter_p: float = 0.8
+    grayscale_p: float = 0.2
+    blur_p: tuple[float, float] = (1.0, 0.1)
+    solarize_p: tuple[float, float] = (0.0, 0.2)
+    flip_p: float = 0.5
+    vertical_flip_p: float = 0.0
+
+
+PAPER = Policy()
 
 
 class Param(IntEnum):
@@ -36,36 +58,39 @@ class Param(IntEnum):
     SIGMA = 6  # of the blur, in pixels; 0: none
     SOLARIZE = 7
     FLIP = 8
+    VERTICAL_FLIP = 9
 
 
 NUM_PARAMS = len(Param)
-IDENTITY_PARAMS = (1, 1, 1, 0, 0, 0, 0, 0, 0)  # they leave an image as it is
+IDENTITY_PARAMS = (1, 1, 1, 0, 0, 0, 0, 0, 0, 0)  # they leave an image as it is
 JITTER_ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 
 
-def sample_params(rng, view):
+def sample_params(rng, view, policy=PAPER):
     """Parameters of one view (0 or 1) from a numpy Generator → float32 [NUM_PARAMS].
 
     Always draws the same 11 numbers, so that the generator's state after a view does not depend on
-    their values.
+    their values; one more for a policy with vertical flips.
     """
-    u = rng.random(NUM_PARAMS + 2)
+    u = rng.random(11)
     u_jitter, u_brightness, u_contrast, u_saturation, u_hue, u_order = u[:6]
     u_grayscale, u_blur, u_sigma, u_solarize, u_flip = u[6:]
 
     params = np.array(IDENTITY_PARAMS, np.float32)
-    if u_jitter < JITTER_P:
-        params[Param.BRIGHTNESS] = 1 + BRIGHTNESS * (2 * u_brightness - 1)
-        params[Param.CONTRAST] = 1 + CONTRAST * (2 * u_contrast - 1)
-        params[Param.SATURATION] = 1 + SATURATION * (2 * u_saturation - 1)
-        params[Param.HUE] = HUE * (2 * u_hue - 1)
+    if u_jitter < policy.jitter_p:
+        params[Param.BRIGHTNESS] = 1 + policy.brightness * (2 * u_brightness - 1)
+        params[Param.CONTRAST] = 1 + policy.contrast * (2 * u_contrast - 1)
+        params[Param.SATURATION] = 1 + policy.saturation * (2 * u_saturation - 1)
+        params[Param.HUE] = policy.hue * (2 * u_hue - 1)
         params[Param.ORDER] = int(u_order * len(JITTER_ORDERS))
-    params[Param.GRAYSCALE] = u_grayscale < GRAYSCALE_P
-    if u_blur < BLUR_P[view]:
+    params[Param.GRAYSCALE] = u_grayscale < policy.grayscale_p
+    if u_blur < policy.blur_p[view]:
         low, high = BLUR_SIGMA
         params[Param.SIGMA] = low + (high - low) * u_sigma
-    params[Param.SOLARIZE] = u_solarize < SOLARIZE_P[view]
-    params[Param.FLIP] = u_flip < FLIP_P
+    params[Param.SOLARIZE] = u_solarize < policy.solarize_p[view]
+    params[Param.FLIP] = u_flip < policy.flip_p
+    if policy.vertical_flip_p > 0:
+        params[Param.VERTICAL_FLIP] = rng.random() < policy.vertical_flip_p
     return params
 
 
@@ -77,25 +102,17 @@ def augment(images, params, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     there, so that nothing waits for the device and an operation costs only the images it changes.
     mean, std: one number per channel.
     """
-    x = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+    x = to_float(images)
     device_params = params.to(x.device, non_blocking=x.is_cuda)
     has_colour = x.shape[1] == 3
 
     def apply(operation, selected, column):
-        """x[i] ← operation(x[i], params[i, column]) where `selected` [B] is true."""
-        i = selected.nonzero().squeeze(1).to(x.device, non_blocking=x.is_cuda)
-        if len(i) == len(x):
-            x.copy_(operation(x, device_params[:, column]))
-        elif len(i) > 0:
-            x[i] = operation(x[i], device_params[i, column])
+        apply_to(x, selected, operation, device_params[:, column])
 
-    jitter = {Param.BRIGHTNESS: adjust_brightness, Param.CONTRAST: adjust_contrast}
-    if has_colour:
-        jitter |= {Param.SATURATION: adjust_saturation, Param.HUE: adjust_hue}
     order = JITTER_ORDERS[params[:, Param.ORDER].long()]  # [B, 4]
     # Each image has its own order: at position p, an operation acts on the images whose p-th it is.
     for position in range(4):
-        for column, operation in jitter.items():
+        for column, operation in jitter_operations(has_colour):
             changes = params[:, column] != IDENTITY_PARAMS[column]
             apply(operation, changes & (order[:, position] == column), column)
     if has_colour:
@@ -103,7 +120,82 @@ def augment(images, params, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     apply(gaussian_blur, params[:, Param.SIGMA] > 0, Param.SIGMA)
     apply(lambda x, _: solarize(x), params[:, Param.SOLARIZE] > 0, Param.SOLARIZE)
     apply(lambda x, _: x.flip(-1), params[:, Param.FLIP] > 0, Param.FLIP)
+    apply(lambda x, _: x.flip(-2), params[:, Param.VERTICAL_FLIP] > 0, Param.VERTICAL_FLIP)
     return normalize(x, mean, std)
+
+
+@torch.no_grad()
+def augment_compiled(images, params, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """As augment, for a GPU: operations act on all images, in a few kernels made by torch.compile.
+
+    That is more arithmetic, and fewer passes over memory, which are what takes time there.
+    """
+    device = images.device
+    device_params = params.to(device, non_blocking=images.is_cuda)
+    x = _compiled(jitter_and_grayscale)(images, device_params, _jitter_orders(device))
+    apply_to(x, params[:, Param.SIGMA] > 0, gaussian_blur, device_params[:, Param.SIGMA])
+    mean, std = _per_channel(tuple(mean), device), _per_channel(tuple(std), device)
+    return _compiled(solarize_flip_normalize)(x, device_params, mean, std)
+
+
+def jitter_and_grayscale(images, params, orders):
+    """uint8 → [0, 1]; params, orders (JITTER_ORDERS): on the device."""
+    x = to_float(images)
+    has_colour = x.shape[1] == 3
+    order = orders[params[:, Param.ORDER].long()]  # [B, 4]
+    for position in range(4):
+        jittered = x
+        for column, operation in jitter_operations(has_colour):
+            selected = _per_image(order[:, position] == int(column))  # no enum for Dynamo
+            jittered = torch.where(selected, operation(x, params[:, column]), jittered)
+        x = jittered
+    if has_colour:
+        x = torch.where(_per_image(params[:, Param.GRAYSCALE] > 0), grayscale(x), x)
+    return x
+
+
+def solarize_flip_normalize(x, params, mean, std):
+    """params: on the device; mean, std: [C, 1, 1]."""
+    x = torch.where(_per_image(params[:, Param.SOLARIZE] > 0), solarize(x), x)
+    x = torch.where(_per_image(params[:, Param.FLIP] > 0), x.flip(-1), x)
+    x = torch.where(_per_image(params[:, Param.VERTICAL_FLIP] > 0), x.flip(-2), x)
+    return (x - mean) / std
+
+
+def apply_to(x, selected, operation, factor):
+    """x[i] ← operation(x[i], factor[i]) where `selected` [B], in CPU memory, is true."""
+    i = selected.nonzero().squeeze(1).to(x.device, non_blocking=x.is_cuda)
+    if len(i) == len(x):
+        x.copy_(operation(x, factor))
+    elif len(i) > 0:
+        x[i] = operation(x[i], factor[i])
+
+
+def to_float(images):
+    """uint8 → float32 in [0, 1]."""
+    return images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+
+
+def jitter_operations(has_colour):
+    """→ (column, operation); without colour brightness and contrast alone."""
+    jitter = {Param.BRIGHTNESS: adjust_brightness, Param.CONTRAST: adjust_contrast}
+    if has_colour:
+        jitter |= {Param.SATURATION: adjust_saturation, Param.HUE: adjust_hue}
+    return jitter.items()
+
+
+def _per_image(values):
+    return values[:, None, None, None]
+
+
+@functools.cache
+def _compiled(function):
+    return torch.compile(function, backend=inductor_or_eager, dynamic=False)
+
+
+@functools.cache  # one copy to the device for all batches: each copy would wait for it
+def _jitter_orders(device):
+    return JITTER_ORDERS.to(device)
 
 
 def normalize(x, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -149,7 +241,7 @@ def adjust_hue(x, shift):
     from_green_or_blue = torch.where(brightest == 1, (b - r) / c + 2, (r - g) / c + 4)
     hue = torch.where(brightest == 0, (g - b) / c, from_green_or_blue)
     hue = hue + 6 * shift[:, None, None]
-    n = _per_channel((5.0, 3.0, 1.0), x.device)
+    n = torch.arange(5, 0, -2, dtype=x.dtype, device=x.device)[:, None, None]
     k = (n + hue[:, None]) % 6  # [B, 3, H, W]
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
@@ -158,16 +250,18 @@ def grayscale(x):
     return luminance(x).expand_as(x)
 
 
-def gaussian_blur(x, sigma):
+def gaussian_blur(x, sigma, dtype=None):
     """Separable Gaussian, reflected at the edges, cut at 3 of the largest sigma (6 pixels).
 
     As one banded matrix for each image and axis, [H, H] and [W, W]: the sum over the taps becomes
     a batched matrix product, and an image smaller than the kernel reflects more than once.
+    dtype: of the product, on CUDA float16 by default: fast there, and images have 8 bits.
     """
     height, width = x.shape[-2:]
-    vertical = _blur_matrix(sigma, height)[:, None]  # [B, 1, H, H]
-    horizontal = _blur_matrix(sigma, width)[:, None]  # [B, 1, W, W]
-    return vertical @ x @ horizontal.mT
+    dtype = dtype or (torch.float16 if x.is_cuda else x.dtype)
+    vertical = _blur_matrix(sigma, height)[:, None].to(dtype)  # [B, 1, H, H]
+    horizontal = _blur_matrix(sigma, width)[:, None].to(dtype)  # [B, 1, W, W]
+    return (vertical @ x.to(dtype) @ horizontal.mT).to(x.dtype)
 
 
 def _blur_matrix(sigma, size):

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as tv
 from engine.data.decode import UnreadableImage
 from engine.data.quiet import quiet_libraries
 from engine.errors import UserError
-from moco.augmentation import NUM_PARAMS, sample_params
+from moco.augmentation import NUM_PARAMS, PAPER, sample_params
 
 PREFETCH_FACTOR = 2  # batches that each worker prepares ahead
 MAX_ATTEMPTS = 32  # to find an image that can be read, before the run gives up
@@ -81,14 +81,15 @@ class BatchDataset:
 class TwoCrops(BatchDataset):
     """Keys → crops uint8 [2, N, C, H, W], params float32 [2, N, NUM_PARAMS].
 
-    size: (H, W) in pixels; crop_min: smallest fraction of the area that a crop keeps.
+    size: (H, W) in pixels; crop_min: smallest fraction of the area that a crop keeps; policy: of
+    the augmentation.
     Buffer reuse: a worker's crops are overwritten two steps after they were handed over; clone what
     is needed for longer.
     """
 
-    def __init__(self, dataset, size, crop_min, seed):
+    def __init__(self, dataset, size, crop_min, seed, policy=PAPER):
         super().__init__(dataset, seed)
-        self.size, self.crop_min = size, crop_min
+        self.size, self.crop_min, self.policy = size, crop_min, policy
         self._buffers = []
 
     def make_batch(self, keys, unreadable):
@@ -101,7 +102,7 @@ class TwoCrops(BatchDataset):
             for view in range(2):
                 box = random_crop_box(rng, *image.shape[1:], self.crop_min)
                 crops[view, n] = resized_crop(image, box, self.size)
-                params[view, n] = sample_params(rng, view)
+                params[view, n] = sample_params(rng, view, self.policy)
         return crops, torch.from_numpy(params)
 
     def _next_buffer(self, *shape):

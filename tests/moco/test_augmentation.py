@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICES
+from torch._dynamo import lookup_backend
+from torch._dynamo.utils import counters
 from torchvision.transforms.v2 import functional as tv
 
 from moco import augmentation as ours
+from moco import compilation
 from moco.augmentation import IDENTITY_PARAMS, Param
 
 TOLERANCE = 2 / 255
@@ -90,6 +93,67 @@ def test_blur_reflects_in_images_smaller_than_the_kernel():
     assert blurred.shape == x.shape and blurred.isfinite().all()
     white = torch.ones(1, 3, 5, 2)
     torch.testing.assert_close(ours.gaussian_blur(white, torch.tensor([2.0])), white)
+
+
+@pytest.fixture(params=["traced", pytest.param("inductor", marks=pytest.mark.slow)])
+def backend(request, monkeypatch):
+    if request.param == "traced":  # the graphs alone, without Inductor, which takes long on a CPU
+        monkeypatch.setattr(compilation, "lookup_backend", lambda name: lookup_backend("aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    ours._compiled.cache_clear()
+    yield
+    ours._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("channels", [3, 2])
+def test_compiled_agrees_with_eager_and_compiles_once(backend, channels):
+    policy = ours.Policy(vertical_flip_p=0.5, solarize_p=(0.3, 0.3))
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        params = [ours.sample_params(rng, view, policy) for view in (0, 1) for _ in range(24)]
+        params = torch.from_numpy(np.stack(params))
+        images = (make_images(48, 24, 20)[:, :channels] * 255).byte()
+        mean, std = (0.4,) * channels, (0.2,) * channels
+        expected, compiled = (
+            f(images, params, mean, std) for f in (ours.augment, ours.augment_compiled)
+        )
+        torch.testing.assert_close(compiled, expected, rtol=0, atol=1 / 255 / 0.2)
+        assert ((compiled - expected).abs() < 1e-4).float().mean() > 0.999
+        assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_blur_in_half_precision_agrees():
+    """As on CUDA."""
+    x, sigma = torch.rand(6, 3, 224, 224), torch.linspace(0.1, 2, 6)
+    expected = ours.gaussian_blur(x, sigma)
+    torch.testing.assert_close(
+        ours.gaussian_blur(x, sigma, torch.float16), expected, rtol=0, atol=0.5 / 255
+    )
+
+
+def test_a_policy_changes_what_it_names_and_keeps_the_draws():
+    def draw(policy, num=2000):
+        rng = np.random.default_rng(0)
+        return np.stack(
+            [ours.sample_params(rng, view, policy) for _ in range(num) for view in (0, 1)]
+        )
+
+    paper = draw(ours.PAPER)
+    off = draw(ours.Policy(0, 0, 0, 0, grayscale_p=0, blur_p=(0, 0), solarize_p=(0, 0), flip_p=0))
+    off[:, Param.ORDER] = 0
+    assert (off == IDENTITY_PARAMS).all()
+    strong = draw(ours.Policy(brightness=0.8, solarize_p=(1, 0.2)))
+    same = [c for c in Param if c not in (Param.BRIGHTNESS, Param.SOLARIZE)]
+    assert (strong[:, same] == paper[:, same]).all()
+    assert strong[:, Param.BRIGHTNESS] - 1 == pytest.approx(
+        2 * (paper[:, Param.BRIGHTNESS] - 1), abs=1e-6
+    )
+    assert strong[::2, Param.SOLARIZE].all() and not paper[::2, Param.SOLARIZE].any()
+    vertical = draw(ours.Policy(vertical_flip_p=0.3))[:, Param.VERTICAL_FLIP]
+    assert (
+        vertical.mean() == pytest.approx(0.3, abs=0.03) and not paper[:, Param.VERTICAL_FLIP].any()
+    )
 
 
 def test_identity_params_leave_an_image_as_it_is():

@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY, interrupted_after_saving, launch
 
-from engine import checkpoint, plots
+import main_moco
+from engine import checkpoint, flags, plots
 from engine.launch import Env
 from engine.log import read_log
-from moco import MoCo
+from moco import PAPER, MoCo, Policy
 
 
 def weights(folder):
@@ -72,6 +73,24 @@ def test_other_architectures_and_precisions_train(succeed, tmp_path, few_digits,
         argv = argv.replace("--img-size 16 --patch-size 8", "--img-size 32")
     argv = (*argv.split(), "--amp", amp, "-b", 32, "--optimizer", "lars", "--clip-grad", 1)
     succeed("main_moco.py", few_digits, *argv, "--epochs", 1, "--output-dir", tmp_path)
+
+
+def test_augmentation_flags_become_the_policy():
+    assert flags.augmentation_policy(main_moco.parse_args(["digits"])) == PAPER
+    argv = "digits --color-jitter .8 .8 .4 .2 --jitter-p .5 --grayscale-p .1 --blur-p 0 "
+    argv += "--solarize-p 0 .3 --hflip-p .4 --vflip-p .5"
+    expected = Policy(0.8, 0.8, 0.4, 0.2, 0.5, 0.1, (0, 0), (0, 0.3), 0.4, 0.5)
+    assert flags.augmentation_policy(main_moco.parse_args(argv.split())) == expected
+
+
+def test_augmentation_flags_change_the_views(succeed, refusal, tmp_path, few_digits):
+    argv = ("main_moco.py", few_digits, *TINY[1:], "-b", 32, "--knn-every", 0, "--epochs", 1)
+    views = []
+    for i, flags_ in enumerate([[], ["--vflip-p", 1]]):
+        succeed(*argv, *flags_, "--output-dir", tmp_path / str(i))
+        views.append((tmp_path / str(i) / "views.png").read_bytes())
+    assert views[0] != views[1]
+    assert "half a turn" in refusal(*argv, "--color-jitter", 0, 0, 0, 1, "--output-dir", tmp_path)
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
