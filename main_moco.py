@@ -60,7 +60,8 @@ def parse_args(argv=None):
     add("--init-from", init, metavar="CKPT", may_change=True)
 
     add = flags.add_optimization_flags(parser, epochs=100, batch_size=4096)
-    add("--optimizer", "LARS for ResNets", choices=("lars", "adamw"), default="lars")
+    optimizer = "LARS for ResNets, AdamW for ViTs, SGD for small ResNets"
+    add("--optimizer", optimizer, choices=("lars", "adamw", "sgd"), default="lars")
     number = flags.non_negative_float
     add("--lr", "base learning rate, scaled by batch/256", type=number, default=0.6)
     add("--wd --weight-decay", "weight decay", type=number, default=1e-6)

@@ -56,15 +56,20 @@ class LARS(Optimizer):
 
 
 def create_optimizer(name, model, lr, wd):
-    """LARS ("lars") or AdamW ("adamw") over all trainable parameters; ValueError for another name.
+    """LARS, AdamW or SGD ("sgd") over all trainable parameters; ValueError for another name.
 
-    AdamW decays norms and biases, too.
+    AdamW decays norms and biases, too; LARS and SGD don't.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     if name == "lars":
         return LARS(params, lr, weight_decay=wd)
+    if name == "sgd":
+        weights = [p for p in params if p.ndim > 1]
+        others = [p for p in params if p.ndim <= 1]
+        groups = [dict(params=weights, weight_decay=wd), dict(params=others)]
+        return torch.optim.SGD(groups, lr, momentum=0.9)
     if name != "adamw":
-        raise ValueError(f"unknown optimizer {name!r}: 'lars' or 'adamw'")
+        raise ValueError(f"unknown optimizer {name!r}: 'lars', 'adamw' or 'sgd'")
     fused = params[0].device.type in ("cuda", "cpu")
     return torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=wd, fused=fused)
 

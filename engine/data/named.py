@@ -27,6 +27,7 @@ TORCHVISION_SETS = dict(
     stl10=("STL10", ("train",), "test", "data", "labels"),
     flowers102=("Flowers102", ("train", "val"), "test", "_image_files", "_labels"),
     pets=("OxfordIIITPet", ("trainval",), "test", "_images", "_labels"),
+    imagenette=("Imagenette", ("train",), "val", "_samples", "_samples"),
     imagenet=("ImageNet", ("train",), "val", "imgs", "targets"),
 )
 NAMED_SETS = ("digits", *TORCHVISION_SETS)
@@ -119,6 +120,8 @@ def _to_dataset(parts, images, labels, pixel_format):
     """Splits of torchvision and the names of their attributes → one dataset."""
     labels = [label for part in parts for label in getattr(part, labels)]
     images = [image for part in parts for image in getattr(part, images)]
+    if isinstance(labels[0], tuple):  # Imagenette's (path, label)
+        labels = [label for _, label in labels]
     if isinstance(images[0], np.ndarray | torch.Tensor):
         images = np.stack(images)
         if images.ndim == 3:  # gray

@@ -104,6 +104,19 @@ def test_momentum_follows_the_formula(t):
     assert cosine_momentum(100, 100, 0.99) == 1
 
 
+def test_sgd_decays_weights_alone():
+    linear = torch.nn.Linear(3, 2).double()
+    optimizer = create_optimizer("sgd", linear, lr=0.1, wd=0.5)
+    w, b, mu_w, mu_b = linear.weight.clone(), linear.bias.clone(), 0, 0
+    for _ in range(3):
+        linear.weight.grad, linear.bias.grad = torch.ones_like(w), torch.ones_like(b)
+        optimizer.step()
+        mu_w, mu_b = 0.9 * mu_w + 1 + 0.5 * w, 0.9 * mu_b + 1
+        w, b = w - 0.1 * mu_w, b - 0.1 * mu_b
+    torch.testing.assert_close(linear.weight, w, rtol=1e-12, atol=0)
+    torch.testing.assert_close(linear.bias, b, rtol=1e-12, atol=0)
+
+
 def test_an_unknown_optimizer_is_a_value_error():
-    with pytest.raises(ValueError, match="unknown optimizer 'sgd'"):
-        create_optimizer("sgd", torch.nn.Linear(2, 2), lr=0.1, wd=0)
+    with pytest.raises(ValueError, match="unknown optimizer 'adam'"):
+        create_optimizer("adam", torch.nn.Linear(2, 2), lr=0.1, wd=0)

@@ -4,7 +4,8 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import CPU, ROOT
+from timm.data import ImageNetInfo
 
 import main_finetune
 import main_lincls
@@ -39,6 +40,49 @@ def test_recipe_has_the_published_numbers(name):
     assert (args.moco_dim, args.moco_mlp_dim) == (256, 4096)
     assert args.data == "DIR" and args.output_dir == f"runs/{name}"
     assert args.encode_chunk == (256 if args.arch == "vit_large" else 0)  # the same gradient
+
+
+# Published by others on smaller data, with what they state of their settings.
+SMALL_TARGETS = {
+    "cifar10_resnet18_1000": ("cifar10", "resnet18", 1000, 256, "sgd", 0.3, 1e-6, (32,), (0.0,)),
+    "cifar100_resnet18_1000": ("cifar100", "resnet18", 1000, 256, "sgd", 0.3, 1e-6, (32,), (0.0,)),
+    "imagenet100_resnet18_400": ("DIR", "resnet18", 400, 256, "sgd", 0.3, 1e-6, (224,), (1, 0.1)),
+    "imagenet100_resnet50_400": ("DIR", "resnet50", 400, 256, "sgd", 0.3, 1e-6, (224,), (1, 0.1)),
+    "imagenette_vit_small_200": (
+        "imagenette", "vit_small", 200, 256, "adamw", 1.5e-4, 0.1, (224,), (1, 0.1),
+    ),
+    "vit_tiny_400": ("DIR", "vit_tiny", 400, 1024, "adamw", 1.5e-4, 0.1, (224,), (1, 0.1)),
+    "stl10_resnet18_400": ("stl10", "resnet18", 400, 256, "sgd", 0.3, 1e-6, (96,), (1, 0.1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL_TARGETS)
+def test_recipes_of_small_targets_have_the_published_settings(name):
+    data = SMALL_TARGETS[name][0]
+    args = main_moco.parse_args([f"@{ROOT}/recipes/{name}.txt", *(["DIR"] * (data == "DIR"))])
+    columns = "data arch epochs batch_size optimizer lr wd img_size blur_p".split()
+    assert tuple(getattr(args, column) for column in columns) == SMALL_TARGETS[name]
+    assert (args.moco_t, args.moco_m, args.moco_m_cos, args.crop_min) == (0.2, 0.99, True, 0.08)
+    assert (args.moco_dim, args.moco_mlp_dim, tuple(args.solarize_p)) == (256, 4096, (0.0, 0.2))
+    assert args.small_stem == data.startswith("cifar") and args.output_dir == f"runs/{name}"
+    assert name in (ROOT / "docs/results.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SMALL_TARGETS, *ROWS])
+def test_a_recipe_starts_at_full_architecture(succeed, image_file, tmp_path, name):
+    if name == "vit_large_300":
+        pytest.skip("16 GiB")
+    for i in range(2):
+        image_file(f"images/{i}.jpg", height=64, width=80)
+    argv = [f"@{ROOT}/recipes/{name}.txt", tmp_path / "images", "-b", 2, "--epochs", 1, *CPU]
+    succeed("main_moco.py", *argv, "--warmup-epochs", 0, "--output-dir", tmp_path / "run")
+
+
+def test_the_classes_of_imagenet_100_are_those_of_imagenet():
+    names = (ROOT / "docs/imagenet100.txt").read_text().split()
+    assert len(set(names)) == len(names) == 100 and names == sorted(names)
+    assert set(names) <= set(ImageNetInfo().label_names())
 
 
 def test_recipes_state_the_estimated_memory():
@@ -160,7 +204,7 @@ def test_recipes_of_small_sets_name_their_set_and_flags(name, monkeypatch):
 def test_every_recipe_is_in_a_table_and_later_flags_win():
     files = {path.stem for path in (ROOT / "recipes").glob("*.txt")}
     finetuned = {f"finetune_{name}" for name in FINETUNED}
-    assert files == {*ROWS, *PROBES, *finetuned, *SMALL}
+    assert files == {*ROWS, *SMALL_TARGETS, *PROBES, *finetuned, *SMALL, "finetune_vit_tiny_300"}
     args = main_moco.parse_args([f"@{ROOT}/recipes/digits.txt", "--epochs", "9"])
     assert args.data == "digits" and args.epochs == 9
     create_backbone(choose_config(flags.backbone_options(args)), args.stop_grad_conv1)

@@ -157,6 +157,18 @@ def test_mnist_files(name, place, tmp_path, monkeypatch):
         assert torch.equal(splits.train.read(i), gray.read(i).expand(3, -1, -1))
 
 
+def test_imagenette_is_named_by_wordnet(tmp_path):
+    wnids = ["n01440764", "n02102040"]
+    for split, count in (("train", 3), ("val", 2)):
+        for wnid in wnids:
+            write_jpegs(tmp_path / "imagenette2" / split / wnid, map(str, range(count)))
+    for path in tmp_path.rglob("*.jpg"):
+        path.rename(path.with_suffix(".JPEG"))
+    splits = load_splits(open_set("imagenette", tmp_path))
+    assert splits.class_names == wnids and splits.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert len(splits.val) == 4 and splits.val.read(3).shape == (3, 30, 40)
+
+
 def test_imagenet_is_unpacked_from_its_own_archives(tmp_path, monkeypatch):
     imagenet, root = torchvision.datasets.imagenet, tmp_path / "imagenet"
     wnids, file = ["n01440764", "n01443537"], io.BytesIO()
