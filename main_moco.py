@@ -18,6 +18,7 @@ from engine import cli, flags, launch, plots, weights
 from engine.backbones import check_bf16_conv_gradients, choose_config, create_backbone
 from engine.compiler import should_compile
 from engine.data.crops import TwoCrops
+from engine.data.images import evenly_spaced
 from engine.data.loader import create_loader, unpack_batches
 from engine.data.sampler import EpochBatchSampler
 from engine.data.splits import describe, load_knn_splits, load_splits
@@ -272,10 +273,10 @@ def print_config(args, run, model, source, train, knn_splits, why_no_knn):
 
 
 def plot_first_views(run, crop_dataset, num_images=10):
-    """The first images, as the first epoch shows them, into views.png."""
+    """Images from the whole set, as the first epoch shows them, into views.png."""
     if not launch.is_main():
         return
-    keys = [(0, index) for index in range(min(num_images, len(crop_dataset)))]
+    keys = [(0, int(index)) for index in evenly_spaced(len(crop_dataset), num_images)]
     crops, params = next(unpack_batches([crop_dataset.__getitems__(keys)], run.unreadable))
     pixel_format = crop_dataset.dataset.pixel_format
     x1, x2 = make_views(run.env.to_device(crops), params, pixel_format)

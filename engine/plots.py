@@ -11,7 +11,7 @@ from torchvision.utils import save_image
 from engine.data.decode import RGB
 from engine.files import atomic_write
 from engine.log import read_log
-from moco.augmentation import denormalize, luminance
+from moco.augmentation import denormalize
 
 PANELS = {
     "loss": "loss",
@@ -34,7 +34,7 @@ def plot_curves(folder):
     figure, panels = create_panels(curves)
     for panel, axes in panels.items():
         for key, points in curves[panel].items():
-            axes.plot(*zip(*points), marker=marker(panel), label=key)
+            axes.plot(*zip(*points), marker=marker(panel, points), label=key)
         if len(curves[panel]) > 1:
             axes.legend(fontsize=8)
         finish_panel(axes, panel, lines)
@@ -67,9 +67,9 @@ def create_panels(names):
     return figure, {n: figure.add_subplot(rows, columns, i) for i, n in enumerate(names, 1)}
 
 
-def marker(panel):
-    """Dots for what is measured once in some epochs."""
-    return "." if panel in ("knn", "rankme", "acc1") else None
+def marker(panel, points):
+    """Dots for what is measured once in some epochs, and for a single point, which has no line."""
+    return "." if panel in ("knn", "rankme", "acc1") or len(points) == 1 else None
 
 
 def finish_panel(axes, panel, lines):
@@ -77,7 +77,8 @@ def finish_panel(axes, panel, lines):
     axes.set_title(PANELS[panel], fontsize=10)
     axes.set_xlabel("epoch", fontsize=9)
     axes.grid(alpha=0.3)
-    if panel.startswith("grad_"):
+    is_sweep = panel == "lr" and len(axes.lines) > 1
+    if panel.startswith("grad_") or is_sweep:
         axes.set_yscale("log")
         # Plain text: the usual labels, 10 to a power, are markup, which may be switched off.
         axes.yaxis.set_major_formatter("{x:g}")
@@ -101,9 +102,16 @@ def plot_views(folder, x1, x2, pixel_format=RGB, max_images=10):
 
 
 def to_rgb(x, pixel_format=RGB):
-    """Normalized [..., C, H, W] → RGB in [0, 1]; unless C is 3, the mean of the channels, gray."""
-    x = denormalize(x, pixel_format.mean, pixel_format.std).clamp(0, 1)
-    return x if pixel_format.in_chans == 3 else luminance(x).expand(*x.shape[:-3], 3, -1, -1)
+    """Normalized [..., C, H, W] → RGB in [0, 1].
+
+    One channel is gray; two are red and green; of more than three, the first ones are shown.
+    """
+    x = denormalize(x, pixel_format.mean, pixel_format.std).clamp(0, 1)[..., :3, :, :]
+    if x.shape[-3] == 1:
+        return x.expand(*x.shape[:-3], 3, -1, -1)
+    if x.shape[-3] == 2:
+        return torch.cat([x, torch.zeros_like(x[..., :1, :, :])], dim=-3)
+    return x
 
 
 def save_figure(figure, path):

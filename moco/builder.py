@@ -71,8 +71,9 @@ class MoCo(nn.Module):
     def forward(self, x1, x2):
         """x1, x2: [N, in_chans, H, W] → loss, {"top1", "feature_std"}; scalars on the device.
 
-        Algorithm 1 up to the loss, the two views as one batch; changes no weight. The loss is the
-        mean over this rank's 2N queries, against the keys of all ranks.
+        Algorithm 1 up to the loss; changes no weight. The loss is the sum over both views of the
+        mean over this rank's N queries, against the keys of all ranks. Each BatchNorm sees one
+        view at a time.
         """
         h = self.encode(self.base_encoder, x1, x2)  # [2, N, d]
         q1, q2 = self.predictor(projector(self.base_encoder).project(h))  # [N, C] each

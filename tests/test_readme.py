@@ -142,3 +142,11 @@ def test_flags_of_benchmarks_exist():
             words += levers[1].split()
         for word in words:
             assert word in read(ROOT / script) + report, f"{script}: {word}"
+
+
+def test_the_lines_of_the_algorithm_are_in_the_code():
+    page = read(ROOT / "docs/algorithm.md")
+    rows = re.findall(r"^\|.*\| `(.+?)` \| (\S+\.py) \|$", page, re.M)
+    assert len(rows) == 12
+    for line, file in rows:
+        assert line in read(ROOT / file), (line, file)

@@ -61,6 +61,8 @@ def parse_args(argv=None):
     add("--knn-bank", type=flags.positive_int, metavar="IMAGES", help=bank)
     picture = add_picture("curves", "log.jsonl of several runs, overlaid")
     picture.add_argument("runs", nargs="+", metavar="RUN", help="--output-dir of a run")
+    panels = "which metrics to draw (default: all)"
+    picture.add_argument("--panels", nargs="+", choices=plots.PANELS, help=panels)
 
     args = parser.parse_args(argv)
     if args.out.suffix != ".png":
@@ -98,21 +100,25 @@ def curves(args):
             raise UserError(f"{run} is not the folder of a run: it has no log.jsonl")
     logs = [read_log(Path(run, "log.jsonl")) for run in args.runs]
     names = [drawable(name) for name in distinct_names(args.runs)]
-    save_figure(draw_curves(dict(zip(names, logs))), args.out)
+    save_figure(draw_curves(dict(zip(names, logs)), args.panels), args.out)
 
 
-def draw_curves(logs):
-    """{name of a run: lines of its log} → Figure: a color for each run, dashes for each key."""
+def draw_curves(logs, panels=None):
+    """{name of a run: lines of its log} → Figure: a color for each run, dashes for each key.
+
+    panels: of engine.plots.PANELS, by default all for which there are values.
+    """
     runs = [plots.collect_curves(lines) for lines in logs.values()]
     all_lines = [line for lines in logs.values() for line in lines]
-    figure, panels = plots.create_panels({panel for run in runs for panel in run})
-    for panel, axes in panels.items():
+    measured = {panel for run in runs for panel in run}
+    figure, axes_of = plots.create_panels(measured & set(panels or measured))
+    for panel, axes in axes_of.items():
         keys = list(dict.fromkeys(key for run in runs for key in run[panel]))
         dashes = dict(zip(keys, itertools.cycle(("-", "--", ":", "-."))))
         for i, run in enumerate(runs):
             for key, points in run[panel].items():
-                style = dict(color=f"C{i}", ls=dashes[key], lw=1.2, marker=plots.marker(panel))
-                axes.plot(*zip(*points), **style)
+                style = dict(color=f"C{i}", ls=dashes[key], lw=1.2)
+                axes.plot(*zip(*points), **style, marker=plots.marker(panel, points))
         if len(keys) > 1:
             handles = [Line2D([], [], color="gray", ls=dashes[key], label=key) for key in keys]
             axes.legend(fontsize=8, handles=handles)

@@ -287,5 +287,8 @@ def test_views_of_any_channels_are_drawn(tmp_path):
         pixel_format = PixelFormat(channels, (0.5,) * channels, (0.5,) * channels)
         plot_views(tmp_path, *torch.randn(2, 3, channels, 8, 12), pixel_format)
         assert (tmp_path / "views.png").read_bytes().startswith(b"\x89PNG")
-        rgb = to_rgb(torch.zeros(channels, 8, 12), pixel_format)
-        assert rgb.shape == (3, 8, 12) and (rgb == 0.5).all()
+        x = torch.linspace(-1, 1, channels)[:, None, None].expand(-1, 8, 12)
+        rgb = to_rgb(x, pixel_format)
+        shown = {1: [0, 0, 0], 2: [0, 1, 0], 6: [0, 0.2, 0.4]}[channels]
+        torch.testing.assert_close(rgb[:, 3, 5], torch.tensor(shown, dtype=torch.float32))
+        assert rgb.shape == (3, 8, 12)
