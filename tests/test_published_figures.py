@@ -32,3 +32,25 @@ def test_memory_and_end_to_end_on_a_gpu_are_those_that_were_measured():
     assert f"{run['images_per_s, median of steps 11 to 64']:,.0f} images/s" in SPEED
     waiting = run["fraction waiting for data, largest of steps 11 to 64"]
     assert f"at most {100 * waiting:.1f} % of the time" in SPEED
+
+
+def test_the_small_sets_of_the_readme_are_those_that_were_measured():
+    """Mean, lowest and highest of three seeds."""
+    rows = {
+        "kNN": ("knn_before", "knn_after"),
+        "linear probe": ("lincls_from_scratch", "lincls"),
+        "fine-tuned": ("finetune_from_scratch", "finetune"),
+        "fine-tuned on 1 % of the labels": ("finetune_1_from_scratch", "finetune_1"),
+    }
+    for label, (control, trained) in rows.items():
+        cells = []
+        for name in ("digits", "fashion_mnist"):
+            runs = results(f"accuracy_{name}")["runs"]
+            for key, mark in ((control, ""), (trained, "**")):
+                values = [run[key] for run in runs if key in run]
+                if not values:
+                    cells.append("–")
+                    continue
+                mean = f"{mark}{sum(values) / len(values):.1f}{mark}"
+                cells.append(f"{mean} ({min(values):.1f} to {max(values):.1f})")
+        assert f"| {label} | {' | '.join(cells)} |" in README

@@ -98,7 +98,7 @@ def test_recipes_state_the_estimated_memory():
         assert float(gib) == pytest.approx(estimated[args.arch, args.encode_chunk], abs=0.06), name
 
 
-def test_the_tables_state_the_estimated_batches():
+def test_the_table_states_the_estimated_batches():
     largest = {}
     for name in ("memory_estimate", "memory_estimate_chunks"):
         report = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
@@ -112,16 +112,15 @@ def test_the_tables_state_the_estimated_batches():
         "ViT-B, convolutional stem": "vit_conv_base",
         "ResNet-50": "resnet50",
     }
-    for document in ("README.md", "docs/speed.md"):
-        table = (ROOT / document).read_text().split("| 141 GB |\n")[1].split("\n\n")[0]
-        for line in table.splitlines()[1:]:
-            label, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-            label, _, flag = label.partition(", `--encode-chunk ")
-            kinds = [int(flag.strip("`") or 0)] if flag else [0, 128]
-            for i, cell in enumerate(cells):
-                shown = [cell.split(" (")[0] for cell in cell.split(" / ")]
-                batches = [largest[names[label], chunk][i] for chunk in kinds[: len(shown)]]
-                assert shown == [f"{n:,}" if n else "–" for n in batches], (document, line)
+    table = (ROOT / "docs/speed.md").read_text().split("| 141 GB |\n")[1].split("\n\n")[0]
+    for line in table.splitlines()[1:]:
+        label, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        label, _, flag = label.partition(", `--encode-chunk ")
+        kinds = [int(flag.strip("`") or 0)] if flag else [0, 128]
+        for i, cell in enumerate(cells):
+            shown = [cell.split(" (")[0] for cell in cell.split(" / ")]
+            batches = [largest[names[label], chunk][i] for chunk in kinds[: len(shown)]]
+            assert shown == [f"{n:,}" if n else "–" for n in batches], line
 
 
 PROBES = {"lincls_resnet50": 0.4, "lincls_vit_small": 12, "lincls_vit_base": 12}
