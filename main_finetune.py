@@ -40,7 +40,7 @@ MAX_INITIAL_WEIGHT = 0.1  # largest fraction of the final average that may be in
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__, usage=flags.USAGE)
     flags.add_image_flags(parser, in_chans=None)
     add = flags.add_model_flags(parser, arch=None, img_size=None)
     downstream.add_flags(add)
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add("--lr-per", "how often the lr changes", choices=often, default="epoch")
     decay = "layer-wise lr decay: factor from each block to the one before"
     add("--layer-decay", decay, type=flags.fraction)
-    add("--clip-grad", "largest gradient norm", type=flags.positive_float)
+    add("--clip-grad", "largest gradient norm (default: no limit)", type=flags.positive_float)
     policy = "timm's name of the augmentation policy, or none"
     add("--aa", policy, default="rand-m9-mstd0.5-inc1", metavar="POLICY")
     add("--reprob", "probability of random erasing", type=flags.fraction, default=0.25)

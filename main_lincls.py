@@ -33,7 +33,7 @@ from moco.distributed import all_gather
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__, usage=flags.USAGE)
     flags.add_image_flags(parser, in_chans=None)
     add = flags.add_model_flags(parser, arch=None, img_size=None)
     downstream.add_flags(add)

@@ -42,7 +42,7 @@ from vits import POOLING
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description=__doc__)
+    parser = cli.Parser(description=__doc__, usage=flags.USAGE)
     flags.add_image_flags(parser)
 
     add = flags.add_model_flags(parser)
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     add("--lr", "base learning rate, scaled by batch/256", type=number, default=0.6)
     add("--wd --weight-decay", "weight decay", type=number, default=1e-6)
     add("--warmup-epochs", "epochs of linear warm-up from 0", type=number, default=10)
-    add("--clip-grad", "largest gradient norm", type=flags.positive_float)
+    add("--clip-grad", "largest gradient norm (default: no limit)", type=flags.positive_float)
     m = "momentum coefficient of the momentum encoder"
     add("--moco-m", m, type=flags.fraction, default=0.99)
     add("--moco-m-cos", "raise m from --moco-m to 1 by half a cosine", **switch)

@@ -15,6 +15,7 @@ BACKBONE_OPTIONS = (
     "arch img_size patch_size small_stem in_chans mean std max_value max_pixels pos_embed pool"
 ).split()
 RUN_OPTIONS = "epochs allow_changed_args save_minutes print_freq max_bad_images tensorboard".split()
+USAGE = "%(prog)s [@RECIPE] [FLAGS] DIR"
 STATED = " (default: as --pretrained states it)"
 
 
@@ -76,14 +77,16 @@ def add_optimization_flags(parser, epochs, batch_size):
 def add_augmentation_flags(parser):
     """Of the two views of pre-training; the defaults are the paper's."""
     add, probability = parser.group("augmentation"), dict(type=fraction, metavar="P")
-    jitter = "largest change of brightness, contrast, saturation (factors) and hue (turns)"
+    jitter = "strengths for brightness, contrast, saturation, hue (default: .4 .4 .2 .1)"
     strengths = (PAPER.brightness, PAPER.contrast, PAPER.saturation, PAPER.hue)
     add("--color-jitter", jitter, type=fraction, nargs=4, metavar="X", default=strengths)
     add("--jitter-p", "probability of color jitter", default=PAPER.jitter_p, **probability)
     add("--grayscale-p", "probability of grayscale", default=PAPER.grayscale_p, **probability)
     two = dict(nargs="+", action=OneOrTwo) | probability
-    add("--blur-p", "probability of blur, for both views or each", default=PAPER.blur_p, **two)
-    add("--solarize-p", "probability of solarization", default=PAPER.solarize_p, **two)
+    blur = "probability of blur in both views, or each (default: 1 .1)"
+    add("--blur-p", blur, default=PAPER.blur_p, **two)
+    solarize = "probability of solarization in both views, or each (default: 0 .2)"
+    add("--solarize-p", solarize, default=PAPER.solarize_p, **two)
     add("--hflip-p", "probability of a horizontal flip", default=PAPER.flip_p, **probability)
     vertical = "probability of a vertical flip"
     add("--vflip-p", vertical, default=PAPER.vertical_flip_p, **probability)

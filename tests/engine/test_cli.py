@@ -28,7 +28,7 @@ def parser():
 
 GROUPS = "images model optimization evaluation run hardware".split()
 HELPS = {
-    "main_moco": GROUPS,
+    "main_moco": [*GROUPS[:3], "augmentation", *GROUPS[3:]],
     "main_lincls": GROUPS,
     "main_finetune": GROUPS,
     "convert": None,
