@@ -29,6 +29,7 @@ from engine.data.sampler import EpochBatchSampler
 from engine.data.timm_crops import TransformedCrops, create_training_transform, seed_generators
 from engine.errors import UserError
 from engine.evaluation import AccuracyRecord, format_accuracy
+from engine.flops import peak_images_per_s
 from engine.run import Run, find_checkpoints, run_metadata
 from moco import optimizer_step, scaled_lr, set_lr, warmup_cosine_lr
 from moco.compilation import compile_backbone
@@ -158,7 +159,8 @@ def finetune(args, env):
     state = dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema, results=results)
     # Mixup and drop path draw in each process.
     draws = dict(same_world_size=mixup is not None or args.drop_path > 0)
-    options = flags.run_options(args) | draws
+    peak_rate = peak_images_per_s(model, config, env, passes=1 + 2)
+    options = flags.run_options(args) | draws | dict(peak_images_per_s=peak_rate)
     run = Run(folder, env, loader, metadata, state, resume_from=checkpoint_paths, **options)
     run.resume()
     run.metadata["best_acc1"] = results.best[0][0]

@@ -24,6 +24,7 @@ from engine.data.sampler import EpochBatchSampler
 from engine.data.splits import load_splits
 from engine.data.unreadable import UnreadableImages
 from engine.evaluation import KNN, AccuracyRecord, format_accuracy
+from engine.flops import peak_images_per_s
 from engine.run import Run, find_checkpoints, run_metadata
 from moco import optimizer_step, scaled_lr, warmup_cosine_lr
 from moco.augmentation import normalize
@@ -160,7 +161,8 @@ def train(args, env, splits, backbone, config, folder, checkpoint_paths):
     )
     state = dict(model=classifiers, optimizer=optimizer, results=results)
     can_diverge = dict(allow_divergence=len(args.lr) > 1)  # one of several classifiers may fail
-    options = flags.run_options(args) | can_diverge
+    peak_rate = peak_images_per_s(backbone, config, env, passes=1)
+    options = flags.run_options(args) | can_diverge | dict(peak_images_per_s=peak_rate)
     run = Run(folder, env, loader, metadata, state, resume_from=checkpoint_paths, **options)
     run.resume()
     ddp_classifiers = env.wrap_ddp(classifiers)

@@ -24,6 +24,7 @@ from engine.data.sampler import EpochBatchSampler
 from engine.data.splits import describe, load_knn_splits, load_splits
 from engine.errors import UserError
 from engine.evaluation import FeatureMonitor
+from engine.flops import peak_images_per_s
 from engine.run import Run, find_checkpoints, run_metadata
 from moco import (
     MoCo,
@@ -128,7 +129,9 @@ def main(args):
     scaler = env.grad_scaler()
     metadata = run_metadata(config, vars(args), env, train.dataset, train.class_names)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
-    options = flags.run_options(args)
+    # Of each view, the encoders' forward passes and the backward pass of one of them.
+    peak_rate = peak_images_per_s(model.base_encoder, config, env, passes=2 * (1 + 2 + 1))
+    options = flags.run_options(args) | dict(peak_images_per_s=peak_rate)
     run = Run(folder, env, loader, metadata, state, resume_from=checkpoint_paths, **options)
     if args.init_from and not run.resuming:
         initialize(args, model, config.pixel_format)

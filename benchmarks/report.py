@@ -28,15 +28,16 @@ def finish(args, device, **results):
     print(save(args, device, **results), end="")
 
 
+def about(device):
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    hardware = f"{name}, {torch.get_num_threads()} CPU threads"
+    return dict(hardware=hardware, versions=versions())
+
+
 def save(args, device, **results):
     """Writes the same to --out → its text."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    report = {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "hardware": f"{name}, {torch.get_num_threads()} CPU threads",
-        "versions": versions(),
-        **results,
-    }
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    report = dict(command=command) | about(device) | results
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     text = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text)  # on one line
     if args.out and args.out != "-":

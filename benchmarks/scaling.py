@@ -44,14 +44,15 @@ def describe(arch):
     """Trainable parameters, GFLOP per image, and the widths of the BatchNorms that are synced."""
     args = dict(arch=arch, batch_size=4, img_size=224, compile=False, encode_chunk=0, quick=False)
     args = SimpleNamespace(**args, optimizer=ARCHS[arch])
-    model = Side(args, Env(CPU)).model
+    side = Side(args, Env(CPU))
+    model = side.model
     params = [p.numel() for p in model.parameters() if p.requires_grad]
     trained = [model.base_encoder, model.predictor]
     norms = [m for part in trained for m in part.modules() if isinstance(m, ViewBatchNorm)]
     momentum = [m for m in model.momentum_encoder.modules() if isinstance(m, ViewBatchNorm)]
     return dict(
         trainable_parameters=sum(params),
-        gflop_per_image=round(flops_per_image(args) / 1e9, 1),
+        gflop_per_image=round(flops_per_image(side) / 1e9, 1),
         # Forward, both views in one collective; backward, where there is a gradient.
         head_collectives=2 * len(norms) + len(momentum) + 1,  # 1: the keys
         head_channels=sum(m.num_features for m in norms + momentum),

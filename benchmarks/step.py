@@ -23,14 +23,14 @@ from unittest.mock import Mock, patch
 import numpy as np
 import report  # first of ours: it makes the repository importable
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import main_moco
 import moco.builder
 from engine import flags
 from engine.backbones import choose_config
 from engine.data.decode import RGB
-from engine.launch import Env, init_distributed
+from engine.flops import forward_flops
+from engine.launch import init_distributed
 from moco import create_optimizer, sample_params
 from moco.gradients import GradientMonitor
 
@@ -84,7 +84,8 @@ def main():
             side.run(steps_together)
             seconds[name].append((time.perf_counter() - start) / steps_together)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    flops, peak = flops_per_image(args) * args.batch_size, peak_flops(env, args.quick)
+    flops = flops_per_image(sides["fast"]) * args.batch_size
+    peak = matrix_product_flops(env, args.quick)
     precision = str(env.amp_dtype or torch.float32).removeprefix("torch.")
     results = {"setting": dict(precision=precision, **vars(args))}
     for name in losses:
@@ -121,7 +122,8 @@ class Side:
         argv += f"--encode-chunk {args.encode_chunk:d} --epochs 1000 --warmup-epochs 0 --moco-t .2"
         if args.quick:
             argv += " --moco-mlp-dim 64"
-        self.args = main_moco.parse_args(argv.split() + (["--compile"] if args.compile else []))
+        self.args = main_moco.parse_args(argv.split())
+        self.args.compile = args.compile  # else the default of the device
         self.env, self.waits = env, levers.get("no_wait") is False
         self.monitors = levers.get("grad_monitor", True)
         config = choose_config(flags.backbone_options(self.args))
@@ -149,11 +151,11 @@ class Side:
         """The levers as main_moco.py sets them, without those that do nothing here."""
         model, levers = self.model, {}
         if model.concat_views and not self.args.encode_chunk:
-            x, d = self.batch[0][0], model.base_encoder.num_features
-            call_encoder = Mock(side_effect=lambda encoder, x: x.new_empty(len(x), d))
-            with patch.object(model, "call_encoder", call_encoder):
-                model.encode(model.base_encoder, x, x)
-            levers["concat_views"] = call_encoder.call_count == 1
+            x, encoder = self.batch[0][0], model.base_encoder
+            forward = Mock(side_effect=lambda x: x.new_empty(len(x), encoder.num_features))
+            with patch.object(encoder, "forward", forward):
+                model.encode(encoder, x, x)
+            levers["concat_views"] = forward.call_count == 1
         if self.attentions:
             levers["fused_attention"] = self.attentions[0].fused_attn
         if hasattr(model.base_encoder, "layer1"):
@@ -202,7 +204,7 @@ class Side:
 
 
 def encode_both_at_once(model, encoder, x1, x2):
-    return model.call_encoder(encoder, torch.cat([x1, x2])).unflatten(0, (2, len(x1)))
+    return encoder(torch.cat([x1, x2])).unflatten(0, (2, len(x1)))
 
 
 @torch.no_grad()
@@ -281,25 +283,24 @@ def random_batch(batch_size, size, device):
     """uint8 crops [2, N, 3, size, size] on the device, params [2, N, NUM_PARAMS]."""
     rng, torch_rng = np.random.default_rng(0), torch.Generator().manual_seed(0)
     coarse = torch.rand(2 * batch_size, 3, 4, 4, generator=torch_rng)  # blobs, not noise
-    crops = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
+    crops = torch.empty(2 * batch_size, 3, size, size, dtype=torch.uint8, device=device)
+    for small, large in zip(coarse.split(256), crops.split(256)):
+        pixels = torch.nn.functional.interpolate(small, (size, size), mode="bicubic").clamp(0, 1)
+        large.copy_(255 * pixels)
     params = [[sample_params(rng, view) for _ in range(batch_size)] for view in range(2)]
-    crops = (255 * crops).to(torch.uint8).view(2, batch_size, 3, size, size)
-    return crops.to(device), torch.from_numpy(np.array(params))
+    return crops.unflatten(0, (2, batch_size)), torch.from_numpy(np.array(params))
 
 
-def flops_per_image(args):
-    """Forward and backward of both views, the momentum encoder's forward included, in all layers.
+def flops_per_image(side):
+    """Of both encoders, for both views: three forward passes' worth for each pass that is trained.
 
-    Counted on four images with an explicit softmax; what is computed twice in chunks counts once.
+    What is computed twice in chunks counts once; the heads, less than 1 %, are left out.
     """
-    plain = dict.fromkeys(LEVERS, False)
-    side = Side(args, Env(torch.device("cpu")), **plain, batch_size=4)
-    with FlopCounterMode(display=False) as counter:
-        side.run()
-    return counter.get_total_flops() / 4
+    size = side.batch[0].shape[-2:]
+    return 2 * (3 + 1) * forward_flops(side.model.base_encoder, size)
 
 
-def peak_flops(env, quick=False):
+def matrix_product_flops(env, quick=False):
     """FLOP/s of a large matrix product in this precision: the best of ten."""
     side = 8192 if env.device.type == "cuda" else 2048
     if quick:

@@ -82,13 +82,17 @@ def init_distributed(device="auto", amp="auto", timeout=600):
     """Joins torchrun's process group, if there is one → Env.
 
     timeout: seconds that a process waits for the others. amp "auto": bf16 where the hardware
-    computes in it, fp16 on older CUDA, "off" elsewhere.
+    computes in it, fp16 on older CUDA, "off" elsewhere. "off" is float32, without TF32.
     """
     check_launcher()
     device = choose_device(device)
     if "RANK" in os.environ:
         init_process_group(device, timeout)
     amp_dtype = choose_amp_dtype(amp, device)
+    if device.type == "cuda" and amp_dtype is None:
+        # float32 throughout; torch's default for convolutions is TF32, of 10 bits.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
     # In bf16 on a CPU torch's fused attention is slower than the explicit softmax, several times
     # over (benchmarks/attention.py).
     set_fused_attn(not (device.type == "cpu" and amp_dtype))

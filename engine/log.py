@@ -15,6 +15,9 @@ from engine.files import atomic_write
 from engine.launch import all_reduce_max, all_reduce_mean
 from moco.distributed import is_main
 
+# What depends on the machine and the moment; all else is the same in each run of the same flags.
+MEASURED = ("images_per_s", "data_wait", "mfu", "peak_gib", "seconds_left")
+
 
 class MetricLogger:
     """Collects scalars on the device and reads them once per line: one wait, not many.
@@ -22,10 +25,14 @@ class MetricLogger:
     log.jsonl has two kinds of lines: training, averaged since the line before, and what an
     evaluation measured. A checkpoint does not hold the steps since the last line: after a resume,
     the next line and the line of the epoch average the steps since the resume.
+    peak_images_per_s: of engine/flops.py, for the MFU.
     """
 
-    def __init__(self, folder, epochs, steps_per_epoch, batch_size, tensorboard=False):
+    def __init__(
+        self, folder, epochs, steps_per_epoch, batch_size, tensorboard=False, peak_images_per_s=None
+    ):
         self.path, self.tensorboard = Path(folder, "log.jsonl"), tensorboard
+        self.peak_images_per_s = peak_images_per_s
         self.epochs, self.steps_per_epoch, self.batch_size = epochs, steps_per_epoch, batch_size
         self.step = 0  # finished steps
         self.names, self.pending = (), []  # of the scalars; [scalars] of each step, on the device
@@ -33,6 +40,7 @@ class MetricLogger:
         self.latest = {}  # the last training line
         self.epoch_sums = Counter()  # over the steps of the epoch that have a line
         self.last_eval = ""  # of the last evaluation, for the bar and the line of an epoch
+        self.first_line = None  # when the first training line was written, after how many steps
         self.file = self.writer = self.bar = None
         self.unwritten = b""
         self.start_timer()
@@ -109,16 +117,33 @@ class MetricLogger:
         """
         num_steps = len(values["loss"])
         images = num_steps * self.batch_size
-        seconds, waited = time.perf_counter() - self.since, all_reduce_max(self.waited)
+        seconds = time.perf_counter() - self.since
+        waited, peak_bytes = all_reduce_max(self.waited, float(torch.cuda.max_memory_allocated()))
         self.epoch_sums.update(steps=num_steps, images=images, seconds=seconds, waited=waited)
         self.epoch_sums.update({name: float(value.sum()) for name, value in values.items()})
         means = {name: float(value.mean()) for name, value in values.items()}
         maxima = {f"{k}_max": float(v.max()) for k, v in values.items() if k.startswith("grad_")}
         self.latest = means | maxima | self.numbers
         self.latest |= dict(images_per_s=images / seconds, data_wait=waited / seconds)
+        if self.peak_images_per_s:
+            self.latest["mfu"] = images / seconds / self.peak_images_per_s
+        if peak_bytes > 0:  # of the run so far, its evaluations included
+            self.latest["peak_gib"] = peak_bytes / 2**30
+        if self.first_line is not None:
+            self.latest["seconds_left"] = self._seconds_left()
         self._write_line(self.latest)
         self.start_timer()
+        self.first_line = self.first_line or (time.perf_counter(), self.step)
         self._update_bar()
+
+    def _seconds_left(self):
+        """By the steps since the first line, and the evaluations between them.
+
+        Those before it were slower: the workers started, and the model was compiled.
+        """
+        since, step = self.first_line
+        steps_left = self.epochs * self.steps_per_epoch - self.step
+        return (time.perf_counter() - since) / (self.step - step) * steps_left
 
     # Evaluation
 
@@ -142,11 +167,17 @@ class MetricLogger:
         means = {name: sums[name] / sums["steps"] for name in self.names}
         shown = [n for n in self.names if n != "loss" and not n.startswith("grad_")]
         metrics = "".join(f"  {name} {means[name]:.2f}" for name in shown)
-        self.print(
-            f"epoch {epoch}/{self.epochs}  {self._summary(means['loss'], evaluated)}{metrics}  "
-            f"{sums['images'] / sums['seconds']:,.0f} images/s, "
-            f"{100 * sums['waited'] / sums['seconds']:.0f} % of the time waiting for data"
-        )
+        images_per_s = sums["images"] / sums["seconds"]
+        speed = [f"{images_per_s:,.0f} images/s"]
+        if self.peak_images_per_s:
+            speed.append(f"MFU {100 * images_per_s / self.peak_images_per_s:.0f} %")
+        if "peak_gib" in self.latest:
+            speed.append(f"{self.latest['peak_gib']:.1f} GiB")
+        speed.append(f"{100 * sums['waited'] / sums['seconds']:.0f} % of the time waiting for data")
+        if "seconds_left" in self.latest and epoch < self.epochs:
+            speed.append(f"{tqdm.format_interval(self._seconds_left())} left")
+        summary = self._summary(means["loss"], evaluated)
+        self.print(f"epoch {epoch}/{self.epochs}  {summary}{metrics}  {', '.join(speed)}")
 
     def _update_bar(self):
         if self.bar is not None and self.latest:

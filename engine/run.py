@@ -36,6 +36,7 @@ MAY_DIFFER = set(
     "data data_root val knn_data pretrained init_from output_dir resume workers".split()
 )
 PLOT_SECONDS = 60  # between two drawings of curves.png
+SYNC_SECONDS = 1  # between the steps after which ranks agree on stopping and saving
 MIN_LOSS_SCALE = 2.0**-10  # fp16 whose gradients overflow even at this scale won't recover
 
 
@@ -108,12 +109,13 @@ class Run:
         print_freq=10,
         max_bad_images=0.001,
         tensorboard=False,
+        peak_images_per_s=None,
     ):
         """metadata: of run_metadata. state: {"model": …, "optimizer": …, …}, what a checkpoint
         holds: each has a state_dict, or is None. resume_from: of find_checkpoints. may_change:
         arguments that may differ when resuming. same_world_size: the number of processes changes
         the result. allow_divergence: weights may become non-finite, for one of several classifiers
-        may fail.
+        may fail. peak_images_per_s: of engine/flops.py, for the MFU in the log.
         """
         self.folder, self.env, self.loader = Path(folder), env, loader
         self.metadata, self.model, self.epochs = metadata, state["model"], epochs
@@ -131,7 +133,12 @@ class Run:
         self.failed_saves = 0  # in a row
         self.saved_at, self.plotted_at = time.monotonic(), 0.0
         self.logger = MetricLogger(
-            self.folder, epochs, self.steps_per_epoch, self.sampler.batch_size, tensorboard
+            self.folder,
+            epochs,
+            self.steps_per_epoch,
+            self.sampler.batch_size,
+            tensorboard,
+            peak_images_per_s,
         )
         self.unreadable = UnreadableImages(
             max_bad_images, len(loader.dataset), self.folder, self.resuming, self.print
@@ -281,6 +288,8 @@ class Run:
         first_batch = self.step - self.epoch * self.steps_per_epoch
         loader.batch_sampler.set_epoch(self.epoch, first_batch)
         self.logger.start_timer()
+        self.next_sync = self.step + 1
+        self.last_sync = time.monotonic(), self.step
         requested = time.perf_counter()
         for batch in unpack_batches(loader, self.unreadable):
             self.logger.waited += time.perf_counter() - requested
@@ -289,6 +298,8 @@ class Run:
 
     def end_step(self, **metrics):
         """After an optimizer step: logs; saves when it is time; raises Interrupted after a signal.
+
+        Several ranks do so after the first and the last step of an epoch, and about once a second.
 
         metrics: `loss` and others. Tensors, 0-d on the device, are averaged in the log; numbers
         are written as they are. UserError if the loss is not finite, or if fp16 skips every step.
@@ -302,12 +313,23 @@ class Run:
             self._check_steps(values)
             self.logger.log_steps(values)
             self.unreadable.sync()
+        is_last = self.step % self.steps_per_epoch == 0
+        if world_size() == 1 or is_last or self.step >= self.next_sync:
+            self._stop_or_save()
+
+    def _stop_or_save(self):
+        """All ranks at the same step. They wait for each other, and so agree when to meet next."""
+        now, (then, step) = time.monotonic(), self.last_sync
         interval = 60 * self.save_minutes
-        save_due = is_main() and 0 < interval < time.monotonic() - self.saved_at
-        # One all-reduce per step: all ranks must stop and save at the same step.
-        exit_code, save_due = all_reduce_max(pending_exit_code(), int(save_due))
+        save_due = is_main() and 0 < interval < now - self.saved_at
+        step_seconds = max(1e-6, now - then) / (self.step - step)
+        exit_code, save_due, step_seconds = all_reduce_max(
+            pending_exit_code(), int(save_due), step_seconds
+        )
+        self.next_sync = self.step + max(1, int(SYNC_SECONDS / step_seconds))
+        self.last_sync = now, self.step
         if exit_code:
-            raise Interrupted(exit_code)
+            raise Interrupted(int(exit_code))
         if save_due:
             self.save()
 

@@ -1,12 +1,19 @@
 """The tables of the documentation hold the figures of benchmarks/results/."""
 
 import json
+import sys
 
 import pytest
 from conftest import ROOT
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu
+import hours
+
 SPEED = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TIME = (ROOT / "docs" / "time.md").read_text(encoding="utf-8")
 
 
 def results(name):
@@ -18,10 +25,47 @@ def test_the_steps_of_a_gpu_are_those_that_were_measured(arch):
     measured = results("gpu_step_h200")[f"step_{arch}"]
     ours, textbook = measured["fast"]["images_per_s"], measured["plain"]["images_per_s"]
     part, gib = measured["fast"]["share_of_peak"], measured["peak_memory_gib"]
-    ratio = measured["fast/plain"]
-    row = f"| {textbook:,.0f} | **{ours:,.0f}** | {ratio} | {100 * part:.0f} % | {gib:.1f} |"
+    ratio, batch_size = measured["fast/plain"], dict(vit_small=512).get(arch, 256)
+    compiled = results("gpu_profile_h200").get(f"{arch},{batch_size},adamw,compile")
+    last = f"**{compiled['images_per_s']:,.0f}**" if compiled else "not run"
+    row = (
+        f"| {textbook:,.0f} | **{ours:,.0f}** | {ratio} | {100 * part:.0f} % | {gib:.1f} | {last} |"
+    )
     assert row in SPEED
-    assert f"{ours:,.0f}" in README
+    assert f"{ours:,.0f}" in README and (not compiled or last.strip("*") in README)
+
+
+def test_the_tables_of_a_gpu_are_those_of_the_benchmark():
+    path = ROOT / "benchmarks/results/gpu.json"
+    if path.exists():
+        assert "\n".join(gpu.tables(json.loads(path.read_text()))) in SPEED
+    else:
+        assert "**The present step on a GPU: not run.**" in SPEED
+
+
+def test_a_table_of_a_gpu_shows_what_was_measured():
+    step = dict(images_per_s=1400.4, mfu=0.512, peak_gib=35.94, first_step_s=14.2)
+    rows = [
+        dict(row="vit_base 256 bf16 compiled", **step),
+        dict(row="vit_base 256 bf16 textbook", **step | dict(images_per_s=700.2)),
+        dict(row="vit_small 512 bf16 eager", error="TooSlow: stopped"),
+        dict(row="augmentation 2·512", milliseconds=6.04),
+        dict(row="end to end", images_per_s=3300.2, largest_data_wait=0.004),
+    ]
+    lines = gpu.tables(dict(rows=rows))
+    assert "| ViT-B, compiled | 256 | bf16 | 1,400 | 2.00 | 51 % | 35.9 | 14 |" in lines
+    assert "| ViT-S, eager | 512 | bf16 | not run | | | | |" in lines
+    assert "| augmentation of both views of 512 images | 6.0 ms |" in lines
+    assert lines[-1].endswith("| 3,300 images/s, at most 0.4 % of the time waiting |")
+
+
+def test_the_hours_of_the_recipes_are_computed_from_measured_rates():
+    assert "\n".join(hours.table()) in TIME
+    _, compiled = hours.rates()
+    whole = [hours.hours(epochs, compiled["vit_base"]) for epochs in (100, 300)]
+    assert f"{whole[0]:.0f} hours for 100 epochs of ImageNet on one H200" in TIME
+    assert f"and {whole[1]:.0f} hours for 300" in TIME
+    assert f"8, {whole[0] / 8:.1f} hours and {whole[1] / 8:.1f}, if" in TIME
 
 
 def test_memory_and_end_to_end_on_a_gpu_are_those_that_were_measured():

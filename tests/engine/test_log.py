@@ -5,12 +5,10 @@ import json
 import pytest
 import torch
 
-from engine import plots
-from engine.log import MetricLogger, read_log
+from engine import log, plots
+from engine.log import MEASURED, MetricLogger, read_log
 from engine.plots import collect_curves, plot_curves, plot_views
 from engine.run import versions
-
-TIMES = ("images_per_s", "data_wait")
 
 
 def create_logger(folder, **options):
@@ -41,11 +39,11 @@ def test_lines_are_averages_since_the_line_before(logger, tmp_path):
     assert [line["step"] for line in lines] == [4, 8, 10, 10]  # the end of an epoch counts as well
     assert [line["loss"] for line in lines[:3]] == [2.5, 6.5, 9.5]
     assert lines[2]["epoch"] == 1 and lines[3]["knn"] == 50.0
-    assert {"chance", "top1", "lr", "m", *TIMES} <= lines[0].keys()
+    assert {"chance", "top1", "lr", "m", "images_per_s", "data_wait"} <= lines[0].keys()
 
 
 def without_times(lines):
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def write_log(folder, *steps, evaluated=()):
@@ -209,3 +207,22 @@ def test_numbers_that_json_lacks_are_left_out(logger, tmp_path):
     logger.log_steps(logger.read_steps())
     [line] = read_log(tmp_path / "log.jsonl")
     assert line["loss"] == 1 and "grad_l2/first" not in line
+
+
+def test_the_log_tells_what_a_gpu_does_and_the_time_that_is_left(monkeypatch, tmp_path, capsys):
+    logger = create_logger(tmp_path, peak_images_per_s=4.0)
+    monkeypatch.setattr(log.time, "perf_counter", lambda: 2.0 * logger.step)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    logger.start_timer()
+    logger.open()
+    train(logger, 1, 10, print_freq=5)
+    logger.print_epoch(1)
+    train(logger, 11, 20, print_freq=5)
+    logger.print_epoch(2)
+    logger.close()
+    first, second, *_ = read_log(tmp_path / "log.jsonl")
+    assert "seconds_left" not in first and first["mfu"] == 0.5 and first["peak_gib"] == 3
+    assert second["seconds_left"] == 20
+    line, last = capsys.readouterr().out.splitlines()
+    speed = "2 images/s, MFU 50 %, 3.0 GiB, 0 % of the time waiting for data"
+    assert line.endswith(f"{speed}, 00:20 left") and last.endswith(speed)

@@ -14,6 +14,7 @@ import sys
 import termios
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,10 +29,12 @@ from conftest import (
 )
 from PIL import Image
 
+import engine.run
 from engine import checkpoint
 from engine.errors import UserError
 from engine.log import read_log
 from engine.run import Run, differences
+from engine.signals import Interrupted
 from moco import scaled_lr, warmup_cosine_lr
 
 # Runs until it is stopped: an epoch has 44 steps.
@@ -214,6 +217,32 @@ def test_sighup_saves_and_stops(tmp_path):
     assert "SIGHUP: stopping after this step" in said and "Traceback" not in said
     step = int(re.search(r"stopped: saved after step (\d+); --resume auto", said)[1])
     assert checkpoint.load(run / checkpoint.LAST)["iteration"] == step
+
+
+@pytest.mark.parametrize("step_seconds, every", [(3.0, 1), (0.45, 2), (0.0098, 102)])
+def test_ranks_agree_on_signals_in_each_slow_step_and_once_a_second(
+    monkeypatch, step_seconds, every
+):
+    clock, met = [0.0], []
+    monkeypatch.setattr(engine.run, "world_size", lambda: 2)
+    monkeypatch.setattr(engine.run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(engine.run, "unpack_batches", lambda *_: range(250))
+
+    def all_reduce_max(exit_code, save_due, seconds):  # the other rank gets a signal in step 120
+        met.append(run.step)
+        return 75 * (run.step >= 120), save_due, seconds
+
+    monkeypatch.setattr(engine.run, "all_reduce_max", all_reduce_max)
+    run = object.__new__(Run)
+    run.epoch, run.step, run.steps_per_epoch, run.print_freq = 0, 0, 250, 1000
+    run.save_minutes, run.unreadable, run.scaler = 0, None, torch.amp.GradScaler(enabled=False)
+    run.logger = Mock(waited=0)
+    with pytest.raises(Interrupted):
+        for _ in run.batches(Mock()):
+            clock[0] += step_seconds
+            run.end_step(loss=torch.zeros(()))
+    assert met[0] == 1 and met[-1] == run.step < 120 + every
+    assert {later - step for step, later in zip(met, met[1:])} == {every}
 
 
 def use_terminal(path):

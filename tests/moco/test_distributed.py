@@ -28,6 +28,18 @@ def test_precision_on_new_and_old_gpus(monkeypatch, native, expected):
     assert launch.choose_amp_dtype("auto", torch.device("cuda", 0)) == expected
 
 
+@pytest.mark.parametrize("amp, allowed", [("off", False), ("bf16", True)])
+def test_float32_on_a_gpu_is_not_tf32(monkeypatch, amp, allowed):
+    monkeypatch.setattr(launch, "choose_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    matmul_before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    init_distributed("cuda", amp)
+    matmul = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul_before)
+    assert (torch.backends.cudnn.allow_tf32, matmul == "high") == (allowed, allowed)
+
+
 def test_missing_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: torch sees no GPU"):

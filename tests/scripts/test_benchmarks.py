@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ from engine.launch import Env
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu
 import kept_runs
 import memory
 import step
@@ -238,10 +241,32 @@ def test_the_last_value_of_a_sweep_is_the_best_rates():
 @pytest.mark.slow
 def test_one_command_measures_a_gpu_and_keeps_what_it_has():
     done = finished(1, "benchmarks/gpu.py", "--quick")
-    jobs = json.loads(done.stdout)["jobs"]
-    assert jobs["step_vit_base"]["report"]["fast"]["images_per_s"] > 0
-    assert jobs["fails"]["exit_code"] == 2 and "--no-such-flag" in jobs["fails"]["output"]
-    assert jobs["end_to_end"]["log"]["images_per_s"] > 0
+    rows = {row["row"]: row for row in json.loads(done.stdout)["rows"]}
+    compiled, textbook, resnet, failed, augmentation, end_to_end, tests = rows.values()
+    assert compiled["graphs"] > 0 and compiled["graphs_after_the_first_step"] == 0
+    assert compiled["losses"] == pytest.approx(textbook["losses"], rel=1e-3)
+    assert min(row["images_per_s"] for row in (compiled, textbook, resnet, end_to_end)) > 0
+    assert "no_such_model" in failed["error"]
+    assert augmentation["milliseconds"] > 0 and "skipped" in tests["summary"][0]
+
+
+def test_rows_of_the_gpu_benchmark_are_kept_with_their_revision(tmp_path):
+    args = SimpleNamespace(out=str(tmp_path / "gpu.json"))
+    assert gpu.kept_rows(args, ENV) == []
+    rows = [dict(row="a", images_per_s=1), dict(row="b", error="TooSlow: stopped")]
+    gpu.report.save(args, ENV.device, rows=rows)
+    assert gpu.kept_rows(args, ENV) == rows[:1]
+    gpu.report.save(args, ENV.device, rows=rows, versions=dict(git="another"))
+    assert gpu.kept_rows(args, ENV) == []
+
+
+def test_a_row_of_the_gpu_benchmark_that_fails_or_is_too_slow_is_reported():
+    assert gpu.finish_row(lambda seconds: seconds / 0, 60)["error"].startswith("ZeroDivisionError")
+    assert "no time left" in gpu.finish_row(lambda _: {}, 1)["error"]
+    with pytest.raises(gpu.TooSlow), gpu.time_limit(0.05):
+        while True:
+            with suppress(Exception):
+                time.sleep(1)
 
 
 def test_a_study_measures_by_how_many_steps_the_first_layer_is_ahead():

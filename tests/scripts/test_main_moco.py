@@ -13,7 +13,7 @@ from conftest import ROOT, TINY, interrupted_after_saving, launch
 import main_moco
 from engine import checkpoint, flags, plots
 from engine.launch import Env
-from engine.log import read_log
+from engine.log import MEASURED, read_log
 from moco import PAPER, MoCo, Policy
 
 
@@ -57,10 +57,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(script, succeed, tmp_path)
     resumed = weights(broken)
     for key, value in weights(whole).items():
         assert torch.equal(value, resumed[key]), key
-    timing = {"images_per_s", "data_wait"}
     for line, other in zip(*(read_log(folder / "log.jsonl") for folder in (whole, broken))):
-        assert {k: v for k, v in line.items() if k not in timing} == {
-            k: v for k, v in other.items() if k not in timing
+        assert {k: v for k, v in line.items() if k not in MEASURED} == {
+            k: v for k, v in other.items() if k not in MEASURED
         }
     assert "nothing left to do" in succeed(*argv)
 
