@@ -33,9 +33,11 @@ from engine.flops import forward_flops
 from engine.launch import init_distributed
 from moco import create_optimizer, sample_params
 from moco.gradients import GradientMonitor
+from vits import PatchProjection
 
 LEVERS = (
     "concat_views",  # both views in one batch, if there is no BatchNorm; off: one after the other
+    "patch_product",  # a ViT's patch projection as a matrix product; off: a convolution
     "fused_attention",  # off: an explicit softmax
     "channels_last",  # a ResNet's memory format
     "foreach_momentum",  # the momentum update in one call; off: parameter by parameter
@@ -139,6 +141,11 @@ class Side:
             model.concat_views = False
         for attention in self.attentions:
             attention.fused_attn = levers.get("fused_attention", attention.fused_attn)
+        if levers.get("patch_product") is False:
+            for encoder in (model.base_encoder, model.momentum_encoder):
+                for name, module in list(encoder.named_modules()):
+                    if isinstance(module, PatchProjection):
+                        encoder.set_submodule(name, as_convolution(module))
         if "channels_last" in levers:
             formats = {True: torch.channels_last, False: torch.contiguous_format}
             model.to(memory_format=formats[levers["channels_last"]])
@@ -156,6 +163,8 @@ class Side:
             with patch.object(encoder, "forward", forward):
                 model.encode(encoder, x, x)
             levers["concat_views"] = forward.call_count == 1
+        if any(isinstance(m, PatchProjection) for m in model.base_encoder.modules()):
+            levers["patch_product"] = True
         if self.attentions:
             levers["fused_attention"] = self.attentions[0].fused_attn
         if hasattr(model.base_encoder, "layer1"):
@@ -189,6 +198,7 @@ class Side:
             clock = Clock(self.env.device)
             with (
                 clock.around(main_moco, "augment"),
+                clock.around(main_moco, "augment_compiled", "augment"),
                 clock.around(self.model, "encode"),
                 clock.around(moco.builder, "all_gather"),
                 clock.around(self.model, "forward", "heads and loss"),
@@ -205,6 +215,14 @@ class Side:
 
 def encode_both_at_once(model, encoder, x1, x2):
     return encoder(torch.cat([x1, x2])).unflatten(0, (2, len(x1)))
+
+
+def as_convolution(projection):
+    """vits.PatchProjection → the nn.Conv2d with its weight and bias."""
+    d, in_chans, *patch = projection.weight.shape
+    conv = torch.nn.Conv2d(in_chans, d, patch, patch, device="meta")
+    conv.weight, conv.bias = projection.weight, projection.bias
+    return conv
 
 
 @torch.no_grad()
