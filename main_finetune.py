@@ -85,6 +85,8 @@ def parse_args(argv=None):
 def check_args(parser, args):
     """What argparse can't check."""
     flags.check_downstream(parser, args)
+    if args.evaluate:  # no schedule acts
+        return
     peak_lr = scaled_lr(args.lr, args.batch_size)
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
@@ -96,7 +98,7 @@ def check_args(parser, args):
                 f"{flag} {lr:g} is above the peak lr, --lr {args.lr:g} · {args.batch_size}/256 = "
                 f"{peak_lr:g}: lower it"
             )
-    if args.evaluate_ema and not (args.ema or args.evaluate):
+    if args.evaluate_ema and not args.ema:
         parser.error("--evaluate-ema needs --ema DECAY")
     if args.ema == 0:
         parser.error("--ema 0 would average nothing: drop it")
@@ -110,7 +112,7 @@ def check_args(parser, args):
         parser.error(
             f"--repeated-aug {args.repeated_aug} is more than --batch-size {args.batch_size}"
         )
-    if not (args.epochs or args.evaluate):
+    if not args.epochs:
         parser.error("--epochs 0 leaves nothing to do: add --evaluate")
 
 

@@ -10,6 +10,7 @@ Two nodes, the same line on both (HOST is the first of them):
 """
 
 import argparse
+import contextlib
 import math
 
 import torch
@@ -115,6 +116,7 @@ def main(args):
     checkpoint_paths = find_checkpoints(folder, args.resume)
 
     config = choose_config(flags.backbone_options(args))
+    model = create_model(args, config, env)  # before DIR is listed, which may take long
     source = flags.source(args, args.data, config.pixel_format)
     train = source.train()
     knn_splits, why_no_knn = choose_knn_splits(args, source, config.pixel_format)
@@ -124,7 +126,6 @@ def main(args):
     check_schedule(args, steps_per_epoch=len(sampler))
     loader = create_loader(crop_dataset, sampler, args.workers, env.device, persistent=True)
 
-    model = create_model(args, config, env)
     optimizer = create_optimizer(args.optimizer, model, args.lr, args.wd)
     scaler = env.grad_scaler()
     metadata = run_metadata(config, vars(args), env, train.dataset, train.class_names)
@@ -283,7 +284,8 @@ def plot_first_views(run, crop_dataset, num_images=10):
     crops, params = next(unpack_batches([crop_dataset.__getitems__(keys)], run.unreadable))
     pixel_format = crop_dataset.dataset.pixel_format
     x1, x2 = make_views(run.env.to_device(crops), params, pixel_format)
-    plots.plot_views(run.folder, x1, x2, pixel_format)
+    with contextlib.suppress(OSError):  # a full disk is reported when the run is saved
+        plots.plot_views(run.folder, x1, x2, pixel_format)
 
 
 def check_schedule(args, steps_per_epoch):

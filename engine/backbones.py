@@ -9,6 +9,7 @@ It comes without a classifier: an Identity stands at `backbone.classifier_name`,
 """
 
 import difflib
+import math
 from dataclasses import dataclass
 
 import timm
@@ -91,6 +92,9 @@ def choose_config(options, stated=None, path=None):
     for flag, values in (("--mean", mean), ("--std", std)):
         if len(values) != n:
             raise UserError(f"{flag} takes one number per channel: {n}, not {len(values)}")
+    if not (all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
+        raise UserError(f"{path} states mean {mean} and std {std}: give others by --mean and --std")
+    _check_arch(chosen["arch"])
     max_value, max_pixels = chosen.get("max_value"), chosen.get("max_pixels", MAX_PIXELS)
     return BackboneConfig(
         arch=chosen["arch"],
@@ -119,12 +123,11 @@ def create_backbone(config, stop_grad_conv1=False, drop_path=0.0):
         raise UserError(f"--pos-embed and --pool are for the ViTs of vits.py, not for {arch}")
     if arch not in RESNETS and config.small_stem:
         raise UserError(f"--small-stem is for torchvision's ResNets, not for {arch}: drop it")
+    _check_arch(arch)
     if arch in VITS:
         return create_vit(config, stop_grad_conv1, drop_path)
-    if arch.startswith("timm/") and timm.is_model(arch[5:]):
+    if arch.startswith("timm/"):
         return create_timm(config, stop_grad_conv1, drop_path)
-    if arch not in RESNETS:
-        raise unknown_arch(arch)
     for_vits = {
         "--stop-grad-conv1": stop_grad_conv1,
         "--patch-size": config.patch_size,
@@ -293,9 +296,11 @@ def check_bf16_conv_gradients(backbone, config, env):
         )
 
 
-def unknown_arch(arch):
-    """The error for an unknown name, with the nearest known one."""
+def _check_arch(arch):
+    """UserError, with the nearest known name, for an unknown one."""
+    if arch in (*VITS, *RESNETS) or (arch.startswith("timm/") and timm.is_model(arch[5:])):
+        return
     names = [*VITS, *RESNETS, *(f"timm/{name}" for name in timm.list_models())]
     [near] = difflib.get_close_matches(arch, names, n=1, cutoff=0)
     known = " ".join([*VITS, *RESNETS, "timm/NAME"])
-    return UserError(f"unknown arch {arch!r}, did you mean {near!r}? Known: {known}")
+    raise UserError(f"unknown arch {arch!r}, did you mean {near!r}? Known: {known}")

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from engine.errors import UserError, first_line, join_some
-from engine.files import atomic_write
+from engine.errors import UserError, first_line, is_of_machine, join_some, machine_reason
+from engine.files import atomic_write, exists, open_regular
 
-LAST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+NAMES = LAST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 
 # Entries whose wrong type would not fail clearly elsewhere. Checksums let an edited file pass.
 ENTRY_TYPES = {
@@ -32,13 +32,21 @@ ENTRY_TYPES = {
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that can't be read, or that holds something other than it should."""
+    """A checkpoint whose content is not what it should be."""
 
 
-def save(folder, state, keep_as=None, name=LAST):
+class CantRead(UserError):
+    """The machine failed while a file was read or used; its content may be good."""
+
+    def __init__(self, path, error):
+        super().__init__(f"can't read {path}: {machine_reason(error)}", 1, rank_local=True)
+
+
+def save(folder, state, keep_as=None, name=LAST, keep_previous=False):
     """Writes folder/name; keep_as: a second name for the same checkpoint.
 
-    The checkpoint before stays as PREVIOUS. OSError if the disk is full, with the old file intact.
+    keep_previous: the file that it replaces stays as PREVIOUS. OSError if the disk is full, with
+    the old file intact.
     """
     path = Path(folder, name)
     try:
@@ -48,7 +56,7 @@ def save(folder, state, keep_as=None, name=LAST):
             os.fsync(file.fileno())
             if keep_as:
                 _link(file.name, Path(folder, keep_as))
-            if name == LAST and path.exists():
+            if keep_previous and exists(path):
                 _link(path, Path(folder, PREVIOUS))
     except RuntimeError as error:  # torch's own for a failed write
         raise OSError(first_line(error)) from None
@@ -60,12 +68,17 @@ def _link(path, second_name):
     try:
         os.link(path, temporary)  # no second copy on disk
     except OSError:
-        shutil.copyfile(path, temporary)
+        with open(path, "rb") as source, atomic_write(second_name) as copy:
+            shutil.copyfileobj(source, copy)
+        return
     os.replace(temporary, second_name)
 
 
 def load(path):
-    """A checkpoint's dict, tensors on the CPU; UserError if it is missing or damaged."""
+    """A checkpoint's dict, tensors on the CPU.
+
+    UserError if it is missing or the machine fails; DamagedCheckpoint if its content is wrong.
+    """
     checkpoint = read(path)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise DamagedCheckpoint(f"{path} is not a checkpoint: it has no 'state_dict'")
@@ -75,19 +88,26 @@ def load(path):
 
 def read(path):
     """As load, whatever torch.save wrote there."""
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}")
+    file = None
     try:
-        # torch ignores the checksums that it writes: flipped bits would become weights.
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None:
-            raise zipfile.BadZipFile
-        # weights_only: a file from elsewhere can't run code; nor does a Namespace of flags.
-        with warnings.catch_warnings(), safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about old formats, which damage looks like
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception:  # anything, for a damaged or foreign file
+        # Opened here: by torch, an OSError would become a RuntimeError.
+        with open_regular(path) as file:
+            # torch ignores the checksums that it writes: flipped bits would become weights.
+            is_zip = file.read(4) == b"PK\3\4"
+            if is_zip and zipfile.ZipFile(file).testzip() is not None:
+                raise zipfile.BadZipFile
+            file.seek(0)
+            # weights_only: a file from elsewhere can't run code; nor does a Namespace of flags.
+            with warnings.catch_warnings(), safe_globals([argparse.Namespace]):
+                warnings.simplefilter("ignore")  # about old formats, which damage looks like
+                content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}") from None
+    except Exception as error:  # anything, for a damaged or foreign file
+        # zipfile takes a failure of the disk for damage.
+        failure = error if file is None else file.raw.failure or error
+        if is_of_machine(failure):
+            raise CantRead(path, failure) from None
         reason = _why_unreadable(path)
         raise DamagedCheckpoint(f"{path} can't be read as a checkpoint: {reason}") from None
     if isinstance(content, dict) and isinstance(content.get("args"), argparse.Namespace):

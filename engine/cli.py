@@ -9,8 +9,8 @@ import warnings
 
 import torch
 
-from engine.errors import UserError, first_line, printable
-from engine.launch import destroy_process_group
+from engine.errors import OUT_OF_GPU_MEMORY, UserError, first_line, print_line
+from engine.launch import destroy_process_group, is_first_to_print
 from engine.signals import Interrupted
 from moco.distributed import world_size
 
@@ -60,7 +60,8 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):
         if "\0" in line:  # UTF-16, perhaps
             raise ValueError("it is not a text file")
-        return [RecipeWord(word) for word in shlex.split(re.sub(r"(^|\s)#.*", "", line))]
+        words = shlex.split(re.sub(r"(^|\s)#.*", "", line))
+        return [RecipeWord(_expand(word)) for word in words]
 
     def parse_args(self, argv=None, namespace=None):
         try:
@@ -76,6 +77,8 @@ class Parser(argparse.ArgumentParser):
                 args.data, extra = extra[0], []
             elif isinstance(extra[0], RecipeWord):
                 extra = []
+        if extra and isinstance(extra[0], RecipeWord) and not extra[0].startswith("-"):
+            self.error("a recipe holds words that are no flags: is it a recipe?")  # not shown
         if extra:
             self.error(f"unrecognized arguments: {' '.join(extra)}")
         for name, value in vars(args).items():
@@ -96,6 +99,15 @@ class RecipeWord(str):
     """A word that stands in a recipe, not on the command line."""
 
 
+def _expand(word):
+    """~ and $VARIABLE of a recipe, as the shell has them; ValueError for one that is not set."""
+    expanded = os.path.expandvars(os.path.expanduser(word))
+    unset = re.search(r"\$\w+|\$\{\w+\}|^~", expanded)
+    if unset:
+        raise ValueError(f"{unset[0]} is not set")
+    return expanded
+
+
 def _plain(value):
     """RecipeWords, also in lists and tuples, as str: checkpoints hold plain types."""
     if isinstance(value, list | tuple):
@@ -106,21 +118,21 @@ def _plain(value):
 def run_script(main, parse_args):
     """main(parse_args()); what goes wrong becomes one line on stderr and an exit code."""
     script = os.path.basename(sys.argv[0])
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names have any encoding
+    prepare_streams()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     exit_code, message, rank_local, args = 0, None, True, None
-    ended_together = False  # whether all processes come here
     try:
         args = parse_args()
-        main(args)
-        ended_together = True
-    except Interrupted as interrupted:
-        exit_code, ended_together = interrupted.exit_code, True
+        try:
+            main(args)
+        except Interrupted as interrupted:
+            exit_code = interrupted.exit_code
+        destroy_process_group()  # all processes come here, or none
     except KeyboardInterrupt:
         exit_code = 130
         if os.environ.get("RANK", "0") == "0":
             hint = "; --resume auto continues" if script.startswith("main_") else ""
-            print(f"{script}: interrupted{hint}", file=sys.stderr)
+            print_line(f"{script}: interrupted{hint}", sys.stderr)
     except UserError as error:
         exit_code, message, rank_local = error.exit_code, str(error), error.rank_local
     except ValueError as error:
@@ -128,15 +140,34 @@ def run_script(main, parse_args):
             raise
         exit_code, message, rank_local = 2, str(error), False
     except (MemoryError, OSError, RuntimeError) as error:
-        exit_code, message = 1, explain(error, args)
+        exit_code, message = exit_code or 1, explain(error, args)
         if message is None:
             raise
     # Out of the handlers, which would keep the traceback, and with it DataLoader's workers, alive.
-    if message and (rank_local or os.environ.get("LOCAL_RANK", "0") == "0"):
-        print(f"{script}: error: {printable(message)}", file=sys.stderr, flush=True)
-    if ended_together:
-        destroy_process_group()
+    if message and (rank_local or is_first_to_print(message)):
+        print_line(f"{script}: error: {message}", sys.stderr)
+    drop_unwritable_streams()
     sys.exit(exit_code)
+
+
+def prepare_streams():
+    """Stdout and stderr that take any name, closed or not, in a notebook or not."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: another file would get its number
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's have it not
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    if "IPython" not in sys.modules:
+        os.environ.pop("MPLBACKEND", None)  # a notebook's, which `!python` inherits
+
+
+def drop_unwritable_streams():
+    """Python would flush them once more, fail, and exit with another code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # a full disk, a closed pipe or terminal
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _raised_by_library(error):
@@ -152,10 +183,9 @@ LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Timed out waiting",
+    "Application timeout",
     "gloo",
 )
-# Words in a RuntimeError of CUDA and its libraries, which is no torch.OutOfMemoryError.
-OUT_OF_GPU_MEMORY = ("CUDA error: out of memory", "ALLOC_FAILED")
 PEERS_GONE = "another process has ended, or the network between them"
 CONTINUE = "--resume auto continues, and torchrun's --max-restarts does so by itself"
 
@@ -169,8 +199,8 @@ def explain(error, args=None):
         return "out of memory: a smaller --batch-size, or fewer --workers"
     if "DataLoader worker" in text:
         return (
-            "a worker was killed, for want of memory perhaps, or of /dev/shm: fewer --workers; "
-            "--resume auto continues"
+            "a worker has died, for want of memory, open files (ulimit -n) or shared memory (df "
+            "/dev/shm; in Docker --shm-size=8g or --ipc=host): fewer --workers"
         )
     if "nccl" in text.lower():
         return _explain_nccl(text)

@@ -1,13 +1,49 @@
 """Files that are whole or not there, and folders that belong to one process at a time."""
 
+import errno
 import fcntl
+import io
 import os
 import platform
+import stat
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from engine.errors import UserError
+from engine.errors import UserError, print_line
+
+
+def exists(path):
+    """Whether `path` is there; OSError if that can't be told.
+
+    Path.exists() and its like say no to any error (Python 3.14), of a file server for example:
+    what is there would be overwritten.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def open_regular(path):
+    """A file to read, and no other thing: a pipe would block, a device may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+    return io.BufferedReader(WatchedFile(path))
+
+
+class WatchedFile(io.FileIO):
+    """failure: of the disk; a library may take it for wrong content."""
+
+    failure = None
+
+    def readinto(self, buffer):
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 @contextmanager
@@ -20,7 +56,8 @@ def atomic_write(path, mode="wb"):
     try:
         # A crash may have left it, linked to a file that is kept.
         temporary.unlink(missing_ok=True)
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        new = mode.replace("w", "x")  # follows no link that somebody has put there
+        with open(temporary, new, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -31,28 +68,52 @@ def atomic_write(path, mode="wb"):
         raise
 
 
-def lock_folder(folder):
-    """Makes the folder and locks it until the file that this returns is closed.
+class FolderLock:
+    """A folder that is made, if it is missing, and locked until close().
 
     The lock is POSIX's: it dies with its process, even after kill -9, is not inherited by workers,
     and holds between hosts on NFS. UserError if another process has it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "run.lock", "a+")
-    except OSError as error:
-        raise UserError(f"can't write to --output-dir {folder}: {error.strerror}") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        owner = file.read().strip()
-        raise UserError(
-            f"another run is using {folder} ({owner}): --output-dir starts one elsewhere"
-        ) from None
-    except OSError as error:
-        print(f"{folder} can't be locked ({error}): start no second run in it", file=sys.stderr)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
+
+    def __init__(self, folder):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.inode = self._inode()
+            # Not through a link, and without truncating what it may be.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            self.file = open(os.open(folder / "run.lock", flags, 0o666), "r+")
+        except OSError as error:
+            name = error.filename or folder
+            raise UserError(f"can't write to --output-dir: {error.strerror}: {name}") from None
+        status = os.fstat(self.file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise UserError(f"{folder}/run.lock is no file of a run: remove it")
+        self._lock()
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {platform.node()}\n")
+        self.file.flush()
+
+    def _lock(self):
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = self.file.read().strip()
+            raise UserError(
+                f"another run is using {self.folder} ({owner}): --output-dir starts one elsewhere"
+            ) from None
+        except OSError as error:
+            text = f"{self.folder} can't be locked ({error}): start no second run in it"
+            print_line(text, sys.stderr)
+
+    def _inode(self):
+        status = os.stat(self.folder)
+        return status.st_dev, status.st_ino
+
+    def check(self):
+        """OSError if the folder's name leads to another folder by now."""
+        if self._inode() != self.inode:
+            raise OSError("another folder has its name now")
+
+    def close(self):
+        self.file.close()

@@ -2,12 +2,17 @@
 
 import inspect
 import os
+import platform
 import re
+import threading
 import time
 import uuid
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +21,13 @@ from timm.layers import convert_sync_batchnorm, set_fused_attn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.errors import UserError, join_some
+from engine.errors import UserError, join_some, print_line
 from moco.batchnorm import ViewBatchNorm
 from moco.distributed import is_main, world_size
+
+HEARTBEAT_SECONDS = 0.2  # shorter than any --timeout
+
+_store = None  # of the process group
 
 
 @dataclass(frozen=True)
@@ -106,10 +115,12 @@ def check_launcher():
     if "RANK" in os.environ and missing:
         raise UserError(f"RANK is set without {join_some(missing)}: start processes with torchrun")
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
-    if "RANK" not in os.environ and int(tasks) > 1:
+    # In `srun --pty` one task alone has a shell.
+    if "RANK" not in os.environ and int(tasks) > 1 and "SLURM_PTY_PORT" not in os.environ:
         raise UserError(
             f"{tasks} processes were started without torchrun, and each would be a whole run: use "
-            "srun torchrun …, one task per node (recipes/slurm.sh)"
+            "srun torchrun …, one task per node (recipes/slurm.sh); in a shell that is one of them "
+            "start the script with torchrun, too"
         )
 
 
@@ -135,13 +146,15 @@ def choose_device(device):
 
 
 def init_process_group(device, timeout):
+    global _store
     on_gpu, limit = device.type == "cuda", timedelta(seconds=timeout)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    _store = _store_of_this_restart(store, rank, world_size, timeout)
     dist.init_process_group(
         # gloo on a GPU, too: all-reducing a few host integers must not wait for the device.
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         timeout=limit,
-        store=_store_of_this_restart(store, rank, world_size, timeout),
+        store=_store,
         rank=rank,
         world_size=world_size,
         device_id=device if on_gpu else None,
@@ -220,9 +233,17 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def is_first_to_print(text):
+    """Whether this process prints a refusal: of each host, the first that comes to it."""
+    if _store is not None:
+        with suppress(RuntimeError):  # rank 0, which may hold the store, is gone
+            return _store.add(f"printed/{platform.node()}/{text}", 1) == 1
+    return local_rank() == 0
+
+
 def print_rank0(text, file=None):
     if is_main():
-        print(text, file=file, flush=True)
+        print_line(text, file)
 
 
 def barrier():
@@ -273,17 +294,40 @@ def check_same_on_all_ranks(values, hint):
                 )
 
 
-def on_rank0(make):
-    """make() on rank 0; its result, or its UserError, on every rank. All ranks call it."""
-    result = None
-    if is_main():
+def _while_others_wait(make):
+    """make(), or its UserError, on the ranks that have one; None on the others, which wait.
+
+    They wait as long as it takes, while a thread beside make() tells them that its process lives:
+    --timeout is for one that doesn't. All ranks call it.
+    """
+    done = threading.Event()
+
+    def keep_in_step():
+        while all_reduce_max(int(not done.wait(HEARTBEAT_SECONDS))):
+            pass
+
+    if make is None:
+        done.set()
+        keep_in_step()
+        return None
+    with ThreadPoolExecutor(1) as executor:
+        others = executor.submit(keep_in_step)
         try:
             result = make()
         except UserError as error:
             result = error
-    results = [result]
-    if world_size() > 1:
-        dist.broadcast_object_list(results)
+        finally:
+            done.set()
+    others.result()  # raises if another process is gone
+    return result
+
+
+def on_rank0(make):
+    """make() on rank 0; its result, or its UserError, on every rank. All ranks call it."""
+    if world_size() == 1:
+        return make()
+    results = [_while_others_wait(make if is_main() else None)]
+    dist.broadcast_object_list(results)
     if isinstance(results[0], UserError):
         raise results[0]
     return results[0]
@@ -295,14 +339,16 @@ def rank0_first(load):
     The first two may download: hosts may share their files, or not. A UserError of one rank is
     raised on all.
     """
+    if world_size() == 1:
+        return load(download=True)
     turn = 0 if is_main() else 1 if local_rank() == 0 else 2
-    result = error = None
+    result = None
     for current in range(3):
         if current == turn:
-            try:
-                result = load(download=turn < 2)
-            except UserError as raised:
-                error = raised
+            result = _while_others_wait(partial(load, download=turn < 2))
+        else:
+            _while_others_wait(None)
+        error = result if isinstance(result, UserError) else None
         for raised in all_gather_object(error):
             if raised is not None:
                 raise raised

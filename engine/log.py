@@ -5,13 +5,14 @@ import math
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from engine.files import atomic_write
+from engine.errors import first_line, print_line, printable
+from engine.files import atomic_write, exists
 from engine.launch import all_reduce_max, all_reduce_mean
 from moco.distributed import is_main
 
@@ -64,27 +65,50 @@ class MetricLogger:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         self.file = open(self.path, "ab", buffering=0)
         if self.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(self.path.parent, purge_step=step + 1 if step else None)
+            self._open_tensorboard()
         if sys.stderr.isatty():
             # Its monitor thread prints, and could be taken for a decoder's warning.
             tqdm.monitor_interval = 0
             total = self.epochs * self.steps_per_epoch
             self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
 
+    def _open_tensorboard(self):
+        from torch.utils.tensorboard import SummaryWriter
+
+        with self._tensorboard_may_fail():
+            first_step = self.step + 1 if self.step else None
+            self.writer = SummaryWriter(self.path.parent, purge_step=first_step)
+
+    @contextmanager
+    def _tensorboard_may_fail(self):
+        """A full disk, for example, ends TensorBoard's file alone: log.jsonl has the same."""
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            reason = error.strerror or first_line(error)
+            print_line(f"TensorBoard's file ends here: {reason}; training continues", sys.stderr)
+
     def close(self):
-        for sink in (self.bar, self.writer, self.file):
-            if sink is not None:
-                sink.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.writer is not None:
+            with self._tensorboard_may_fail():
+                self.writer.close()
+        if self.file is not None:
+            self._write_pending()
+            self.file.close()
+        if self.unwritten:
+            num_lines = self.unwritten.count(b"\n")
+            print_line(f"{self.path} lacks its last {num_lines} lines: a full disk?", sys.stderr)
 
     def print(self, text):
         """A line of text, above the bar if there is one."""
-        with suppress(OSError):  # the terminal was closed
-            if self.bar is not None:
-                self.bar.write(str(text))
-            elif is_main():
-                print(text, flush=True)
+        if self.bar is not None:
+            with suppress(OSError):  # the terminal was closed
+                self.bar.write(printable(str(text)))
+        elif is_main():
+            print_line(text)
 
     # Training
 
@@ -199,21 +223,34 @@ class MetricLogger:
         values = {key: float(f"{value:.6g}") for key, value in finite.items()}
         line = dict(epoch=self._fractional_epoch(), step=self.step) | values
         self.unwritten += json.dumps(line).encode() + b"\n"
+        self._write_pending()
+        if self.writer is not None:
+            with self._tensorboard_may_fail():
+                for key, value in values.items():
+                    self.writer.add_scalar(key, value, self.step)
+
+    def _write_pending(self):
         with suppress(OSError):  # a full disk: the next line brings these along
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-        if self.writer is not None:
-            for key, value in values.items():
-                self.writer.add_scalar(key, value, self.step)
 
 
 def read_log(path):
-    """log.jsonl → list of dicts; a last line that a crash truncated is dropped."""
+    """log.jsonl → list of dicts of numbers, with `epoch` and `step`.
+
+    Any other line is dropped: one that a crash truncated, or that somebody else wrote.
+    """
     path, lines = Path(path), []
-    if not path.exists():
+    if not exists(path):
         return lines
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if _is_log_line(line):
+                lines.append(line)
     return lines
+
+
+def _is_log_line(line):
+    if not isinstance(line, dict) or not {"epoch", "step"} <= line.keys():
+        return False
+    return all(type(value) in (int, float) for value in line.values())

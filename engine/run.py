@@ -16,12 +16,12 @@ import torch
 
 from engine import checkpoint as checkpoints
 from engine import plots
-from engine.checkpoint import LAST, PREVIOUS, DamagedCheckpoint
+from engine.checkpoint import LAST, DamagedCheckpoint
 from engine.data.images import dataset_digest
 from engine.data.loader import stop_workers, unpack_batches
 from engine.data.unreadable import UnreadableImages
-from engine.errors import UserError, first_line, join_some
-from engine.files import atomic_write, lock_folder
+from engine.errors import UserError, first_line, is_of_machine, join_some, print_line
+from engine.files import FolderLock, atomic_write, exists
 from engine.launch import all_reduce_max, check_same_on_all_ranks, on_rank0, print_rank0
 from engine.log import MetricLogger
 from engine.signals import Interrupted, catch_signals, drop_closed_streams, pending_exit_code
@@ -47,18 +47,22 @@ def find_checkpoints(folder, resume):
     left. UserError if a run would be overwritten.
     """
     folder, path = Path(folder), None if resume in (None, "auto") else Path(resume)
-    existing = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
+    existing = [folder / name for name in checkpoints.NAMES if exists(folder / name)]
     # The hosts count for themselves: one that was replaced begins at 0.
     num_restarts = all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     if existing and (resume == "auto" or num_restarts > 0):
         return existing
-    kept = any(KEPT_NAMES.fullmatch(file.name) for file in folder.glob("*.pth"))
-    crashed = (folder / f"{LAST}.tmp").exists()  # in its first save
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    kept = any(map(KEPT_NAMES.fullmatch, names))
+    crashed = f"{LAST}.tmp" in names  # in its first save
     resumes_here = path is not None and path.resolve().parent == folder.resolve()
     if (existing or (kept and not crashed)) and not resumes_here:
         hint = "--resume auto continues it, " if existing else ""
         raise UserError(f"{folder} holds a run: {hint}--output-dir starts another")
-    if path is not None and not path.is_file():
+    if path is not None and not exists(path):
         raise UserError(f"no checkpoint at {path}")
     return [] if path is None else [path]
 
@@ -131,6 +135,7 @@ class Run:
         self.steps_per_epoch = len(self.sampler)
         self.epoch = self.step = 0
         self.failed_saves = 0  # in a row
+        self.newest = None  # the checkpoint that this run has loaded or written last
         self.saved_at, self.plotted_at = time.monotonic(), 0.0
         self.logger = MetricLogger(
             self.folder,
@@ -159,6 +164,7 @@ class Run:
         for path, older in zip(self.resume_from, [*self.resume_from[1:], None]):
             try:
                 self._load(path)
+                self.newest = path
                 break
             except DamagedCheckpoint as damage:
                 if older is None:
@@ -184,9 +190,9 @@ class Run:
                     part.load_state_dict(checkpoint[name])
             self.epoch = int(checkpoint["epoch"])
             self.step = self._convert_step(path, checkpoint)
-        except UserError:
-            raise
         except Exception as error:  # of missing, mistyped or mis-shaped entries
+            if isinstance(error, UserError) or is_of_machine(error):
+                raise
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise DamagedCheckpoint(f"{path} can't be resumed: {reason}") from None
 
@@ -238,7 +244,8 @@ class Run:
         return self
 
     def _lock(self, stack):  # returns nothing: on_rank0 would broadcast it
-        stack.enter_context(lock_folder(self.folder))
+        self.lock = FolderLock(self.folder)
+        stack.callback(self.lock.close)
 
     def print_config(self, **lines):
         """What this run is, on the terminal and in args.json; lines: about the script."""
@@ -354,28 +361,39 @@ class Run:
     # Checkpoints
 
     def save(self, keep_as=None):
-        """Writes the checkpoint. A failed write is reported; two in a row are a UserError."""
+        """Writes the checkpoint. A failed write is reported; two in a row are a UserError.
+
+        One that the next save would not replace, for it is the last or kept, is tried twice.
+        """
         self.unreadable.sync()
         state = self._state()
-        if is_main():
-            self._write(state, keep_as)
-            if self.failed_saves and self.epoch == self.epochs:  # no other save follows
+
+        def write():
+            failures = self._write(state, keep_as, self.failed_saves)
+            if failures and (keep_as or self.epoch == self.epochs):
                 time.sleep(1)
-                self._write(state, keep_as)
+                failures = self._write(state, keep_as, failures)
+            return failures
+
+        self.failed_saves = on_rank0(write)  # no rank continues or exits while rank 0 writes
         self.saved_at = time.monotonic()
-        # The all-reduce is a barrier, too: no rank continues or exits while rank 0 writes.
-        if all_reduce_max(self.failed_saves) > 1:
+        if self.failed_saves > 1:
             text = "two saves in a row failed: free some disk space, then --resume auto"
             raise UserError(text, exit_code=1)
 
-    def _write(self, state, keep_as):
+    def _write(self, state, keep_as, failures):
+        """→ the number of failures in a row, of which there were `failures` before."""
+        last = self.folder / LAST
         try:
-            checkpoints.save(self.folder, state, keep_as)
-            self.failed_saves = 0
+            self.lock.check()
+            # A file that this run has not read may be damaged: it displaces no checkpoint.
+            checkpoints.save(self.folder, state, keep_as, keep_previous=self.newest == last)
+            self.newest = last
+            return 0
         except OSError as error:
-            self.failed_saves += 1
             text = f"can't save to {self.folder} after step {self.step}: {first_line(error)}"
-            print_rank0(f"{text}; the checkpoint before is intact", sys.stderr)
+            print_line(f"{text}; the checkpoint before is intact", sys.stderr)
+            return failures + 1
 
     def save_model(self, name, model, **extra):
         """A model's weights and the run's metadata, without what resumption needs.
@@ -385,6 +403,7 @@ class Run:
 
         def write():
             try:
+                self.lock.check()
                 checkpoints.save(self.folder, self._weights(model) | extra, name=name)
             except OSError as error:
                 text = f"can't save {self.folder / name}: {first_line(error)}"

@@ -19,12 +19,13 @@ from torch import nn
 
 from engine import checkpoint as checkpoints
 from engine.backbones import RESNETS, BackboneConfig, Classifier, choose_config, create_backbone
-from engine.checkpoint import is_state_dict, without_module_prefix
+from engine.checkpoint import CantRead, is_state_dict, without_module_prefix
 from engine.data.crops import CenterCrops
 from engine.data.decode import convert_pil_image
 from engine.data.images import read_image
 from engine.data.quiet import quiet_libraries
-from engine.errors import UserError, join_some
+from engine.errors import UserError, is_of_machine, join_some
+from engine.files import exists, open_regular
 from engine.launch import print_rank0
 from moco.augmentation import normalize
 from vits import VITS, VisionTransformer, sincos_position_embedding, size_to_str, to_pair
@@ -170,6 +171,8 @@ def load_state_dict_strict(model, state, checkpoint, path):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
+        if is_of_machine(error):
+            raise
         _, _, problems = str(error).partition("\n")
         raise UserError(
             f"{path} (arch {checkpoint.get('arch', 'unknown')}) does not fit this model: "
@@ -302,6 +305,7 @@ class Weights(NamedTuple):
         """→ the backbone's tensors by our names; all other tensors, by their names in the file.
 
         The second are a classifier, or projectors, predictor and momentum encoder, or a decoder.
+        UserError for weights that are not finite: whatever was measured with them is no accuracy.
         """
         if use_ema and self.ema is None:
             raise UserError(f"{self.path} holds no 'ema'")
@@ -309,6 +313,10 @@ class Weights(NamedTuple):
         others = (f"{classifier_name}.", "mask_token", "decoder_")
         backbone, heads = {}, {}
         for key, value in (self.ema if use_ema else self.state).items():
+            if value.is_floating_point() and not value.float().isfinite().all():
+                raise UserError(
+                    f"{self.path} holds weights that are not finite, in {key}: its run diverged"
+                )
             prefix = re.match(self.kind.prefix, key)
             name = key[prefix.end() :] if prefix else ""
             if name == "" or name.startswith(others):
@@ -346,6 +354,7 @@ def read_weights(path, arch=None):
         )
     keys = (*BackboneConfig(arch).to_dict(), "class_names")
     config = {key: content[key] for key in keys if content.get(key)}
+    _check_class_names(config.get("class_names", []), path)
     config["arch"] = arch
     config["num_heads"] = content.get("num_heads") or VITS.get(arch, {}).get("num_heads")
     ema, args = content.get("ema"), content.get("args") or {}
@@ -353,11 +362,19 @@ def read_weights(path, arch=None):
     return Weights(str(path), kind, state, ema, config)
 
 
+def _check_class_names(names, path):
+    """UserError for names by which labels can't be told apart."""
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise UserError(
+            f"{path} states class names that are no different texts: {join_some(map(str, names))}"
+        )
+
+
 def _read_state_dict(path):
     """A file, or a folder of timm's → what it states beside the weights, the weights by name."""
     file = Path(path)
     if file.is_dir():
-        if Path(file, checkpoints.LAST).exists():
+        if exists(Path(file, checkpoints.LAST)):
             raise UserError(f"{path} is the folder of a run: name {Path(file, checkpoints.LAST)}")
         file = Path(file, "model.safetensors")
     content = _read_timm(file) if file.suffix == ".safetensors" else checkpoints.read(file)
@@ -374,16 +391,19 @@ def _read_state_dict(path):
 
 def _read_timm(file):
     """A .safetensors, config.json beside it or not → the same as a checkpoint of ours."""
-    if not file.is_file():
-        raise UserError(f"no checkpoint at {file}")
     try:
+        open_regular(file).close()
         content, path = dict(state_dict=load_file(file)), file.with_name("config.json")
-        if path.is_file():
+        if exists(path):
             content |= _read_timm_config(json.loads(path.read_text()), path)
         return content
     except UserError:
         raise
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {file}") from None
     except Exception as error:  # whatever a damaged or foreign file provokes
+        if is_of_machine(error):
+            raise CantRead(file, error) from None
         raise UserError(f"{file} can't be read as timm's: {type(error).__name__}") from None
 
 

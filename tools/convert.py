@@ -30,10 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import cli
 from engine.backbones import RESNETS, choose_config, create_backbone
-from engine.errors import UserError, first_line
+from engine.errors import UserError, first_line, print_line
+from engine.files import exists
 from engine.weights import PRETRAINING, load_state_dict_strict, num_heads, read_weights
 from vits import VITS
 
+CLASS_MAP = "class_map.txt"
+PREPROCESSING = (
+    "measured here: images of the model's size as they are (--crop-pct 1), others at crop_pct 0.875"
+)
 # timm's names of the ViTs that it calls otherwise than vit_…_patch16_224.
 TIMM_NAMES = {"vit_nano": "vit_tiny_patch16_224", "vit_huge": "vit_huge_patch14_224"}
 
@@ -55,7 +60,7 @@ def parse_args(argv=None):
 
 def main(args):
     out = Path(args.out)
-    if out.exists():
+    if exists(out):
         raise UserError(f"{out} exists already: name another OUT")
     if not out.parent.is_dir():
         raise UserError(f"{out} lies in a folder that does not exist: name another OUT")
@@ -70,7 +75,11 @@ def main(args):
         write(args.to, out, weights, config, backbone, kept, model)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"can't write {out}: {first_line(error)}", exit_code=1) from None
-    print(f"{args.source} ({weights}) → {args.out} ({args.to}: {len(backbone | kept)} tensors)")
+    print_line(
+        f"{args.source} ({weights}) → {args.out} ({args.to}: {len(backbone | kept)} tensors)"
+    )
+    if args.to == "timm" and kept:
+        print_line(f"timm's validate.py: --class-map {out / CLASS_MAP}; {PREPROCESSING}")
 
 
 def check(args, weights, config, model, heads):
@@ -163,6 +172,11 @@ def write_timm(folder, state, config, model):
         ),
     )
     folder.mkdir()
+    if config["class_names"]:
+        timm_config["preprocessing"] = PREPROCESSING
+        # timm's validate.py numbers folders by itself, in another order than ours.
+        names = "".join(f"{name}\n" for name in config["class_names"])
+        (folder / CLASS_MAP).write_text(names, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(timm_config, indent=2) + "\n")
     # safetensors takes no tensors that share memory.
     state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}

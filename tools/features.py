@@ -8,9 +8,9 @@ A ViT's patches in its third block from the end, row by row: [n, patches, d]:
 
 FILE.npz holds `features` float32 [n, d], NaN for an image that can't be read; `paths` [n] below
 DIR, or the images' numbers where they are not files; and where there are labels `labels` int64 [n]
-and the names of the `classes`. FILE.npy, for datasets that don't fit in memory, holds the features
-alone (np.load with mmap_mode="r"), FILE.safetensors features and labels; FILE.index.npz beside it
-has the rest.
+and the names of the `classes`, by their value if all are numbers. FILE.npy, for datasets that don't
+fit in memory, holds the features alone (np.load with mmap_mode="r"), FILE.safetensors features and
+labels; FILE.index.npz beside it has the rest.
 
 After an interruption the same command continues, on any number of processes; until everything is
 computed, the parts lie in FILE.npz.parts/.
@@ -21,6 +21,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,14 @@ from engine.data.hub import HuggingFaceDataset
 from engine.data.images import ImageFileDataset, dataset_digest
 from engine.data.named import NAMED_SETS
 from engine.data.unreadable import UnreadableImages
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.evaluation import EVAL_BATCH_SIZE, iterate_eval_batches
-from engine.files import atomic_write
+from engine.files import atomic_write, exists
 from engine.launch import print_rank0
 from engine.weights import create_pretrained_backbone, weights_digest
 from moco.distributed import is_main, rank, world_size
+
+WAIT_SECONDS = 60  # longer than NFS keeps what it knows of a folder
 
 
 def parse_args(argv=None):
@@ -93,7 +96,7 @@ def main(args):
     )
     index = create_index(dataset, class_names, args.data, metadata)
     index_path = args.out if args.out.suffix == ".npz" else args.out.with_suffix(".index.npz")
-    if args.out.exists():
+    if exists(args.out):
         check_same_inputs(args.out, lambda: np.load(index_path)["about"].item(), metadata)
         print_rank0(f"{args.out} is complete: nothing left to do")
         return
@@ -112,10 +115,9 @@ def main(args):
     except KeyboardInterrupt:
         raise UserError("interrupted; the same line again continues", exit_code=130) from None
     launch.barrier()
-    if is_main():
-        merge_parts(folder, args.out, index_path, index)
-        size = " × ".join(map(str, shape))
-        print_rank0(f"{len(dataset):,} × {size} features in {args.out}")
+    launch.on_rank0(lambda: merge_parts(folder, num_parts, args.out, index_path, index))
+    size = " × ".join(map(str, shape))
+    print_rank0(f"{len(dataset):,} × {size} features, {env.precision()}, in {args.out}")
 
 
 def select_tokens(model, config, tokens, layer):
@@ -167,8 +169,12 @@ def create_index(dataset, class_names, path, metadata):
     index = dict(paths=np.array(image_names(dataset, path)))
     if dataset.labels is not None:
         index["labels"] = dataset.labels.numpy()
-        if class_names:
-            index["classes"] = np.array(class_names)
+    if dataset.labels is not None and class_names:
+        if all(name.isdecimal() for name in class_names):  # "2" before "10", as a user numbers them
+            order = np.argsort([int(name) for name in class_names], kind="stable")
+            index["labels"] = np.argsort(order)[index["labels"]]
+            class_names = [class_names[i] for i in order]
+        index["classes"] = np.array(class_names)
     index["about"] = json.dumps(metadata)
     return index
 
@@ -219,17 +225,20 @@ def check_same_inputs(path, read_metadata, metadata):
 def open_parts(folder, metadata):
     """Creates the folder of parts, or continues an interrupted one → numbers of missing parts."""
     path = folder / "about.json"
-    if is_main() and not path.exists():
+
+    def create():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path, "w") as file:
-                file.write(json.dumps(metadata))
+            if not exists(path):
+                with atomic_write(path, "w") as file:
+                    file.write(json.dumps(metadata))
         except OSError as error:
             raise UserError(f"can't write {path}: {error.strerror}") from None
-    launch.barrier()
+
+    launch.on_rank0(create)
     check_same_inputs(folder, path.read_text, metadata)
     num_parts = math.ceil(metadata["images"] / EVAL_BATCH_SIZE)
-    return [number for number in range(num_parts) if not part_path(folder, number).exists()]
+    return [number for number in range(num_parts) if not exists(part_path(folder, number))]
 
 
 def part_path(folder, number):
@@ -249,7 +258,7 @@ def compute_parts(folder, missing, encoder, shape, dataset, config, args, env):
         features[image_indices % EVAL_BATCH_SIZE] = h.cpu()
         save_part(folder, number, features)
     for number in missing[rank() :: world_size()]:
-        if not part_path(folder, number).exists():  # no image in it can be read
+        if not exists(part_path(folder, number)):  # no image in it can be read
             save_part(folder, number, torch.full((len(chunks[number]), *shape), torch.nan))
 
 
@@ -273,13 +282,47 @@ def embed(encoder, dataset, indices, img_size, workers, env):
 
 
 def save_part(folder, number, features):
-    with atomic_write(part_path(folder, number)) as file:
-        np.save(file, features.numpy())
+    path = part_path(folder, number)
+    try:
+        with atomic_write(path) as file:
+            np.save(file, features.numpy())
+    except OSError as error:
+        raise cant_write(path, error) from None
 
 
-def merge_parts(folder, out, index_path, index):
-    """Parts → `out` and the index, which may be the same file; `out` is written last."""
-    paths = sorted(folder.glob("*.npy"))
+def cant_write(path, error):
+    reason = error.strerror or first_line(error)
+    return UserError(f"can't write {path}: {reason}; the same line again continues", exit_code=1)
+
+
+def merge_parts(folder, num_parts, out, index_path, index):
+    """All parts → `out` and the index, which may be the same file; `out` is written last.
+
+    UserError for a part that this host does not see, and for a full disk; the parts stay.
+    """
+    paths = [part_path(folder, number) for number in range(num_parts)]
+    wait_for(paths)
+    try:
+        write_parts(paths, out, index_path, index)
+    except OSError as error:
+        raise cant_write(out, error) from None
+    shutil.rmtree(folder)
+
+
+def wait_for(paths):
+    """Another host's files may take some seconds to be seen here."""
+    start = time.monotonic()
+    while missing := [path for path in paths if not exists(path)]:
+        if time.monotonic() - start > WAIT_SECONDS:
+            raise UserError(
+                f"{len(missing)} of {len(paths)} parts are not here, {missing[0]} for example: do "
+                "all hosts see the same --out? The same line again continues",
+                exit_code=1,
+            )
+        time.sleep(0.1)
+
+
+def write_parts(paths, out, index_path, index):
     if out == index_path:
         index = dict(features=np.concatenate([np.load(path) for path in paths])) | index
     with atomic_write(index_path) as file:
@@ -298,7 +341,6 @@ def merge_parts(folder, out, index_path, index):
             np.lib.format.write_array_header_1_0(file, header)
             for path in paths:
                 file.write(np.load(path).tobytes())
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from engine.data.hub import HuggingFaceDataset
 from engine.data.images import Part, evenly_spaced
 from engine.data.splits import load_knn_splits
 from engine.data.unreadable import UnreadableImages
-from engine.errors import UserError, printable
+from engine.errors import UserError, print_line, printable
 from engine.evaluation import encode_dataset, iterate_eval_batches
 from engine.log import read_log
 from engine.plots import save_figure, to_rgb
@@ -79,7 +79,7 @@ def main(args):
     draw = {"attention": attention, "neighbours": neighbours, "curves": curves}[args.picture]
     with rc_context({"text.parse_math": False}):  # names may contain $, which begins a formula
         draw(args)
-    print(args.out)
+    print_line(args.out)
 
 
 def check_writable(path):

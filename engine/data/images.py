@@ -169,7 +169,8 @@ def dataset_digest(dataset, class_names=None):
         present = present.tolist()
         names = [str(i) if class_names is None else class_names[i] for i in present]
         sorted_names = sorted(names)
-        sorted_index = torch.tensor([sorted_names.index(name) for name in names])
+        index = {name: i for i, name in enumerate(sorted_names)}
+        sorted_index = torch.tensor([index[name] for name in names])
         parts.append("\0".join(sorted_names).encode(errors="surrogatepass"))
         parts.append(sorted_index[labels].numpy())
     parts += [dataset.raw_bytes(i) for i in evenly_spaced(len(dataset), DIGEST_IMAGES).tolist()]

@@ -1,6 +1,8 @@
 """Files on disk: layout, atomicity, errors for what does not fit."""
 
 import copy
+import errno
+import os
 import pickle
 from types import SimpleNamespace
 
@@ -10,12 +12,13 @@ from conftest import TINY
 from timm.layers import resample_abs_pos_embed
 
 import main_moco
-from engine import checkpoint, flags, weights
+from engine import checkpoint, files, flags, weights
 from engine.backbones import BackboneConfig, choose_config, create_backbone
 from engine.data.sampler import EpochBatchSampler
 from engine.data.splits import load_splits, open_source
 from engine.errors import UserError
 from engine.launch import Env
+from engine.log import read_log
 from engine.run import Run, find_checkpoints, run_metadata
 from moco import MoCo, create_optimizer
 
@@ -119,11 +122,91 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_kept_checkpoint_outlives_the_last_one(tmp_path):
     checkpoint.save(tmp_path, {"state_dict": {}, "epoch": 1}, keep_as="checkpoint_0001.pth")
-    checkpoint.save(tmp_path, {"state_dict": {}, "epoch": 2})
+    checkpoint.save(tmp_path, {"state_dict": {}, "epoch": 2}, keep_previous=True)
     assert checkpoint.load(tmp_path / "checkpoint_0001.pth")["epoch"] == 1
     assert checkpoint.load(tmp_path / checkpoint.LAST)["epoch"] == 2
     assert checkpoint.load(tmp_path / checkpoint.PREVIOUS)["epoch"] == 1
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), "out of memory"),
+    ],
+)
+@pytest.mark.parametrize(
+    "place", ["engine.files.WatchedFile", "torch.load", "zipfile.ZipFile.testzip"]
+)
+def test_a_failure_of_the_machine_is_no_damage(tmp_path, monkeypatch, error, words, place):
+    path = saved(tmp_path, nano())
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
+        patch.setattr(place, fail)
+        checkpoint.load(path)
+    assert str(caught.value) == f"can't read {path}: {words}" and caught.value.exit_code == 1
+    assert not isinstance(caught.value, checkpoint.DamagedCheckpoint)
+
+
+def test_an_error_of_the_disk_at_any_read_is_no_damage(tmp_path, monkeypatch):
+    path, num_reads, failing = saved(tmp_path, nano()), 0, 0
+
+    class Disk(files.WatchedFile):
+        def readinto(self, buffer):
+            nonlocal num_reads
+            num_reads += 1
+            if num_reads == failing:  # once: the next try would succeed
+                self.failure = OSError(errno.EIO, "Input/output error")
+                raise self.failure
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(files, "WatchedFile", Disk)
+    checkpoint.load(path)
+    for failing in (1, 2, 3, 4, num_reads // 2, num_reads):  # noqa: B007
+        num_reads = 0
+        with pytest.raises(UserError, match=r"can't read .*: Input/output error"):
+            checkpoint.load(path)
+
+
+def test_a_file_that_is_there_is_not_said_to_be_missing(tmp_path, monkeypatch):
+    """A file server may answer nothing for a while; Path.exists() of Python 3.14 would say no."""
+    assert files.exists(tmp_path) and not files.exists(tmp_path / "a" / "b")
+    saved(tmp_path, nano())
+
+    def stat(path, *args, **kwargs):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(os, "stat", stat)
+    for resume in (None, "auto"):
+        with pytest.raises(OSError, match="Stale"):
+            find_checkpoints(tmp_path, resume)
+    with pytest.raises(OSError, match="Stale"):
+        read_log(tmp_path / "log.jsonl")
+
+
+@pytest.mark.parametrize("write", [files.atomic_write, checkpoint._link])
+def test_no_link_that_somebody_planted_is_followed(tmp_path, write, monkeypatch):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "new").write_text("new")
+    monkeypatch.setattr(os, "link", lambda *args: os.open("/missing", os.O_RDONLY))
+    monkeypatch.setattr("pathlib.Path.unlink", lambda path, **kwargs: None)  # planted just then
+    for name in ("file.tmp", "file.tmp2"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError):
+        if write is checkpoint._link:
+            write(tmp_path / "new", tmp_path / "file")
+        else:
+            with write(tmp_path / "file") as file:
+                file.write(b"overwritten")
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 class Code:

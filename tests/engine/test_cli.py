@@ -1,15 +1,19 @@
 """Flag files, numbers, and how a script ends."""
 
 import io
+import os
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, TINY
 
 from engine import cli, flags
-from engine.errors import UserError
+from engine.errors import UserError, print_line
+from engine.launch import print_rank0
+from engine.signals import Interrupted
 from moco import MoCo
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -135,13 +139,86 @@ def test_names_of_any_bytes_are_printed_and_stay_on_one_line(monkeypatch, capsys
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
 
     def main(args):
-        print("τ \udcff", flush=True)
+        print_line("τ \udcff")
         raise UserError("no\nsuch \udcff\x1b[0m ü")
 
     with pytest.raises(SystemExit):
         cli.run_script(main, lambda: None)
     assert sys.stdout.buffer.getvalue() == b"\\u03c4 \\udcff\n"
     assert capsys.readouterr().err.endswith("error: no\\nsuch \\udcff\\x1b[0m ü\n")
+
+
+class Full(io.RawIOBase):
+    """What a full disk is to a file, and a closed pipe to a process."""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+
+def notebook_stream():
+    """A stream without reconfigure or a descriptor."""
+    return SimpleNamespace(write=lambda text: None, flush=lambda: None)
+
+
+@pytest.mark.parametrize(
+    "create", [lambda: io.TextIOWrapper(io.BufferedWriter(Full())), lambda: None, notebook_stream]
+)
+@pytest.mark.parametrize("names", [["stdout"], ["stderr"], ["stdout", "stderr"]])
+def test_output_that_goes_nowhere_ends_no_script(monkeypatch, create, names):
+    for name in names:
+        monkeypatch.setattr(sys, name, create())
+    monkeypatch.setattr(os, "dup2", lambda *args: None)
+    monkeypatch.setattr(Full, "fileno", lambda self: 1)
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+
+    def main(args):
+        print_rank0("data")
+        print_rank0("data", sys.stderr)
+        assert "MPLBACKEND" not in os.environ
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run_script(main, lambda: None)
+    assert stop.value.code == 0
+
+
+@pytest.mark.parametrize("exit_code", [0, 75])
+def test_a_rank_whose_peer_dies_at_the_end_prints_one_line(monkeypatch, capsys, exit_code):
+    def leave():
+        raise RuntimeError("[/gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:20190")
+
+    def main(args):
+        if exit_code:
+            raise Interrupted(exit_code)
+
+    monkeypatch.setattr(cli, "destroy_process_group", leave)
+    with pytest.raises(SystemExit) as stop:
+        cli.run_script(main, lambda: None)
+    assert stop.value.code == (exit_code or 1)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "another process has ended" in err
+
+
+def test_a_recipe_has_the_variables_of_a_shell(parser, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text("~/images --output-dir ${DATA}/run --data-root '$DATA'\n")
+    args = parser.parse_args([f"@{recipe}"])
+    assert (args.data, args.output_dir, args.data_root) == ("/home/me/images", "/data/run", "/data")
+    for word in ("$UNSET/images", "${UNSET}", "~nobody-of-this-name/images"):
+        recipe.write_text(word)
+        with pytest.raises(UserError, match=r"can't read the recipe: .* is not set"):
+            parser.parse_args([f"@{recipe}"])
+
+
+def test_a_file_that_is_no_recipe_is_not_shown(parser, tmp_path):
+    (tmp_path / "shadow").write_text("root:secret:1\ndaemon:secret:2\nbin:secret:3\n")
+    with pytest.raises(UserError, match="is it a recipe") as error:
+        parser.parse_args([f"@{tmp_path}/shadow"])
+    assert "secret" not in str(error.value)
 
 
 def test_a_value_error_of_the_library_is_one_line_and_any_other_a_bug(capsys):

@@ -226,3 +226,36 @@ def test_the_log_tells_what_a_gpu_does_and_the_time_that_is_left(monkeypatch, tm
     line, last = capsys.readouterr().out.splitlines()
     speed = "2 images/s, MFU 50 %, 3.0 GiB, 0 % of the time waiting for data"
     assert line.endswith(f"{speed}, 00:20 left") and last.endswith(speed)
+
+
+@pytest.mark.parametrize("place", ["__init__", "add_scalar", "close"])
+def test_a_full_disk_ends_tensorboard_alone(tmp_path, monkeypatch, capsys, place):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, place, fail)
+    logger = create_logger(tmp_path, tensorboard=True)
+    logger.open()
+    train(logger, 1, 10)
+    logger.close()
+    assert len(read_log(tmp_path / "log.jsonl")) == 3
+    words = "TensorBoard's file ends here: No space left on device; training continues\n"
+    assert capsys.readouterr().err == words
+
+
+def test_lines_that_a_full_disk_did_not_take_are_counted(tmp_path, capsys):
+    logger = create_logger(tmp_path)
+    logger.open()
+    logger.file.close()
+    logger.file = open("/dev/full", "ab", buffering=0)
+    train(logger, 1, 10)
+    logger.close()
+    assert capsys.readouterr().err.endswith("log.jsonl lacks its last 3 lines: a full disk?\n")
+
+
+def test_no_name_forges_a_line_or_reaches_the_terminal(logger, capsys):
+    logger.print("data    a\n\x1b[2Kepoch 100/100  kNN 99 %\r\u202e")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "\x1b" not in out and "\r" not in out and "\u202e" not in out

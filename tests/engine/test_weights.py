@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 from engine import checkpoint, load_backbone, weights
-from engine.backbones import BackboneConfig, create_backbone
+from engine.backbones import BackboneConfig, Classifier, create_backbone
 from engine.data.decode import RGB
 from engine.errors import UserError
 from moco import MoCo
@@ -362,3 +362,35 @@ def test_the_transform_turns_gray_and_rotated_images_as_the_files_are(tmp_path, 
 def test_import_of_engine_is_cheap():
     check = "import sys, engine; assert engine.load_backbone and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+@pytest.mark.parametrize(
+    "name, argv",
+    [
+        ("main_lincls.py", "digits --pretrained {} --epochs 0 --knn --device cpu"),
+        ("main_lincls.py", "digits --pretrained {} --evaluate --device cpu"),
+        ("main_finetune.py", "digits --pretrained {} --evaluate --epochs 2 --device cpu"),
+        ("tools/convert.py", "{} out.pth --to deit"),
+        ("tools/features.py", "digits --pretrained {} --out f.npz --device cpu"),
+    ],
+)
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(bias=torch.nan), "holds weights that are not finite, in "),
+        (dict(std=(0.0, 0.2, 0.2)), "states mean "),
+        (dict(class_names=["a", "a"]), "class names that are no different texts: a, a"),
+    ],
+)
+def test_what_gives_wrong_numbers_is_refused(
+    tmp_path, monkeypatch, refusal, name, argv, change, words
+):
+    monkeypatch.chdir(tmp_path)
+    config = BackboneConfig("vit_nano", (16, 16), (8, 8))
+    model = create_backbone(config)
+    model.head = Classifier(model.num_features, 2)
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    state["module.norm.bias"][0] = change.get("bias", 0)
+    content = config.to_dict() | dict(class_names=["a", "b"], state_dict=state) | change
+    torch.save(content, "file.pth")
+    assert words in refusal(name, *argv.format("file.pth").split())

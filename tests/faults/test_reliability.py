@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,9 @@ import torch
 from conftest import ROOT, TINY, Child, launch, start, start_server, wait_for_all
 
 from engine import checkpoint
+from engine.cli import explain
+from engine.data.loader import create_loader
+from engine.errors import UserError
 from engine.log import MEASURED, read_log
 
 slow = pytest.mark.slow
@@ -214,6 +218,36 @@ def test_a_disk_that_takes_nothing_stops_the_run_at_the_second_save(disk, tmp_pa
         subprocess.run(["umount", disk], check=True)
     child = Child(tmp_path, *argv)
     assert child.wait() == 0 and "resumed after step 14 of 56" in child.said(), child.said()
+
+
+# Workers
+
+
+class CantBeSent:
+    """As a tensor without room in shared memory, or without a free descriptor."""
+
+    def __reduce__(self):
+        raise RuntimeError("unable to allocate shared memory: No space left on device")
+
+
+class Unsendable:
+    def __getitems__(self, keys):
+        return CantBeSent(), {}
+
+
+def test_a_batch_that_a_worker_cant_hand_over_is_one_line_and_no_hang(capfd):
+    loader = create_loader(Unsendable(), [[0]], 1, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="DataLoader worker") as error:
+        next(iter(loader))
+    assert "--shm-size=8g or --ipc=host): fewer --workers" in explain(error.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_more_workers_than_open_files_are_refused(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 64))
+    with pytest.raises(UserError, match="--workers 8 need 160 open files, and ulimit -n allows 64"):
+        create_loader([], [], 8, torch.device("cpu"))
+    create_loader([], [], 2, torch.device("cpu"))
 
 
 # Several processes, several hosts.

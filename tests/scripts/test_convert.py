@@ -10,6 +10,7 @@ import torch
 import torchvision
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from timm.data.readers.class_map import load_class_map
 from timm.models.vision_transformer import VisionTransformer
 
 from engine import checkpoint
@@ -335,3 +336,16 @@ def test_out_is_never_half_written(files, tmp_path, monkeypatch, to, writer):
     with pytest.raises(KeyboardInterrupt):
         run(source, out, to)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_export_of_a_classifier_says_what_was_measured(tmp_path, capsys):
+    model = create_backbone(BackboneConfig("vit_nano", (16, 16), (8, 8)))
+    model.head = Classifier(model.num_features, 3)
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    stated = BackboneConfig("vit_nano", (16, 16), (8, 8)).to_dict()
+    names = ["1", "10", "2"]  # timm would number them 1, 2, 10
+    torch.save(stated | dict(state_dict=state, class_names=names), tmp_path / "probe.pth")
+    out = run(tmp_path / "probe.pth", tmp_path / "out", "timm", "--with-heads")
+    assert load_class_map(str(out / "class_map.txt")) == {"1": 0, "10": 1, "2": 2}
+    assert "--crop-pct 1" in json.loads((out / "config.json").read_text())["preprocessing"]
+    assert f"--class-map {out}/class_map.txt; measured here" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from engine import checkpoint, evaluation, load_backbone
 from engine.backbones import BackboneConfig, create_backbone
+from engine.data.images import ArrayDataset
 from engine.data.splits import load_splits, open_source
 from engine.errors import UserError
 from engine.weights import create_pretrained_backbone
@@ -267,3 +268,54 @@ def test_a_split_that_is_missing_is_refused(pretrained, folders, tmp_path):
     shutil.rmtree(folders / "val")
     with pytest.raises(UserError, match="has no val, only train"):
         run(pretrained, tmp_path / "f.npz", "--split", "val", data=folders)
+
+
+@pytest.mark.usefixtures("batches_of_two")
+@pytest.mark.parametrize("kind", ["npz", "npy", "safetensors"])
+def test_a_part_that_this_host_does_not_see_is_not_left_out(
+    pretrained, folders, tmp_path, monkeypatch, kind
+):
+    out, merge = tmp_path / f"f.{kind}", tool.merge_parts
+
+    def merge_without_one(folder, *args):
+        (folder / "0000001.npy").unlink()
+        merge(folder, *args)
+
+    monkeypatch.setattr(tool, "WAIT_SECONDS", 0.2)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="1 of 3 parts") as stop:
+        patch.setattr(tool, "merge_parts", merge_without_one)
+        run(pretrained, out, data=folders)
+    assert stop.value.exit_code == 1 and not out.exists()
+    assert len(list((tmp_path / f"f.{kind}.parts").glob("*.npy"))) == 2
+    run(pretrained, out, data=folders)
+    assert np.load(tmp_path / "f.index.npz" if kind != "npz" else out)["paths"].shape == (6,)
+
+
+@pytest.mark.parametrize("place", ["save", "savez"])
+def test_a_full_disk_is_one_line_and_the_parts_stay(
+    pretrained, folders, tmp_path, monkeypatch, refusal, place
+):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    argv = (folders, *FP32, "--pretrained", pretrained, "--out", tmp_path / "f.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(np, place, fail)
+        line = refusal("tools/features.py", *argv, code=1)
+    assert "No space left on device; the same line again continues" in line
+    assert len(list((tmp_path / "f.npz.parts").glob("*.npy"))) == (place == "savez")
+
+
+def test_classes_that_are_numbers_are_in_their_order():
+    labels = torch.tensor([0, 1, 2])  # of the sorted names
+    dataset = ArrayDataset(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), labels)
+    index = tool.create_index(dataset, ["1", "10", "2"], "DIR", {})
+    assert index["classes"].tolist() == ["1", "2", "10"] and index["labels"].tolist() == [0, 2, 1]
+
+
+def test_features_are_those_of_load_backbone_where_the_precision_is(pretrained, folders, tmp_path):
+    found = run(pretrained, tmp_path / "f.npz", data=folders)
+    backbone, transform = load_backbone(pretrained)
+    images = torch.stack([transform(folders / path) for path in found["paths"]])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found["features"]), backbone(images))
