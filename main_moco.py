@@ -245,8 +245,8 @@ def evaluate(run, monitor, model):
     """Logs kNN, where there are labels, and RankMe."""
     values = monitor(model.base_encoder, run.unreadable)
     text = f"RankMe {values['rankme']:.1f}"
-    if "knn" in values:
-        text = f"kNN {values['knn']:.1f} %, {text}"
+    if "knn" in values:  # log.jsonl has both
+        text = f"kNN {values['knn']:.1f} %"
     run.log_eval(text, **values)
     if run.step == 0:
         knn = monitor.knn

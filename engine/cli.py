@@ -16,9 +16,9 @@ from moco.distributed import world_size
 
 
 class Args(argparse.Namespace):
-    """The flags of a script. may_change is beside them, not one of them: vars() leaves it out."""
+    """The flags of a script. may_change and defaults are beside them: vars() leaves them out."""
 
-    __slots__ = ("may_change",)
+    __slots__ = ("defaults", "may_change")
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,6 +87,7 @@ class Parser(argparse.ArgumentParser):
                 flag = "DIR" if name == "data" else f"--{name.replace('_', '-')}"
                 self.error(f"{flag} is an empty text")
         args.may_change = frozenset(self.may_change)
+        args.defaults = {action.dest: action.default for action in self._actions}
         return args
 
     def error(self, message):

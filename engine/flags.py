@@ -198,7 +198,8 @@ def augmentation_policy(args):
 
 def run_options(args):
     """Keyword arguments of run.Run that are flags."""
-    return {name: getattr(args, name) for name in RUN_OPTIONS} | dict(may_change=args.may_change)
+    options = {name: getattr(args, name) for name in RUN_OPTIONS}
+    return options | dict(may_change=args.may_change, defaults=args.defaults)
 
 
 def source(args, path, pixel_format):

@@ -188,9 +188,6 @@ class MetricLogger:
         if not sums:  # resumed after its last step: only the evaluation was left
             self.print(f"epoch {epoch}/{self.epochs}  {self.last_eval}")
             return
-        means = {name: sums[name] / sums["steps"] for name in self.names}
-        shown = [n for n in self.names if n != "loss" and not n.startswith("grad_")]
-        metrics = "".join(f"  {name} {means[name]:.2f}" for name in shown)
         images_per_s = sums["images"] / sums["seconds"]
         speed = [f"{images_per_s:,.0f} images/s"]
         if self.peak_images_per_s:
@@ -200,8 +197,8 @@ class MetricLogger:
         speed.append(f"{100 * sums['waited'] / sums['seconds']:.0f} % of the time waiting for data")
         if "seconds_left" in self.latest and epoch < self.epochs:
             speed.append(f"{tqdm.format_interval(self._seconds_left())} left")
-        summary = self._summary(means["loss"], evaluated)
-        self.print(f"epoch {epoch}/{self.epochs}  {summary}{metrics}  {', '.join(speed)}")
+        summary = self._summary(sums["loss"] / sums["steps"], evaluated)
+        self.print(f"epoch {epoch}/{self.epochs}  {summary}  {', '.join(speed)}")
 
     def _update_bar(self):
         if self.bar is not None and self.latest:

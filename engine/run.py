@@ -104,6 +104,7 @@ class Run:
         state,
         *,
         epochs,
+        defaults,
         resume_from=(),
         may_change=(),
         allow_changed_args=False,
@@ -117,9 +118,9 @@ class Run:
     ):
         """metadata: of run_metadata. state: {"model": …, "optimizer": …, …}, what a checkpoint
         holds: each has a state_dict, or is None. resume_from: of find_checkpoints. may_change:
-        arguments that may differ when resuming. same_world_size: the number of processes changes
-        the result. allow_divergence: weights may become non-finite, for one of several classifiers
-        may fail. peak_images_per_s: of engine/flops.py, for the MFU in the log.
+        arguments that may differ when resuming; defaults: of all arguments. same_world_size: the
+        number of processes changes the result. allow_divergence: weights may become non-finite, for
+        one of several classifiers may fail. peak_images_per_s: of engine/flops.py, for the MFU in the log.
         """
         self.folder, self.env, self.loader = Path(folder), env, loader
         self.metadata, self.model, self.epochs = metadata, state["model"], epochs
@@ -129,6 +130,7 @@ class Run:
         self.stateful = {k: v for k, v in parts.items() if k != "model" and v is not None}
         self.resume_from, self.resuming = list(resume_from), bool(resume_from)
         self.may_change = {*may_change} if same_world_size else {*may_change, "world_size"}
+        self.defaults = defaults
         self.allow_changed_args, self.allow_divergence = allow_changed_args, allow_divergence
         self.print_freq, self.save_minutes = print_freq, save_minutes
 
@@ -260,7 +262,7 @@ class Run:
         lines |= {
             "device": f"{run['device']}, {run['world_size']} process(es), {run['precision']}",
             "with": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-            "args": " ".join(f"{name}={value}" for name, value in run["args"].items()),
+            "args": " ".join(f"{n}={v}" for n, v in run["args"].items() if v != self.defaults[n]),
             "folder": self.folder,
         }
         for name, text in lines.items():
@@ -315,7 +317,7 @@ class Run:
         if self.scaler.is_enabled():  # read from the device with the metrics
             metrics["loss_scale"] = self.scaler.scale(torch.ones((), device=self.env.device))
         self.logger.add_step(self.step, **metrics)
-        if self.step % self.print_freq == 0 or self.step % self.steps_per_epoch == 0:
+        if self._is_line_due():
             values = self.logger.read_steps()
             self._check_steps(values)
             self.logger.log_steps(values)
@@ -323,6 +325,12 @@ class Run:
         is_last = self.step % self.steps_per_epoch == 0
         if world_size() == 1 or is_last or self.step >= self.next_sync:
             self._stop_or_save()
+
+    def _is_line_due(self):
+        """About every print_freq steps: lines split an epoch evenly, so all average as much."""
+        lines = max(1, round(self.steps_per_epoch / self.print_freq))  # of an epoch
+        step = (self.step - 1) % self.steps_per_epoch + 1
+        return step * lines % self.steps_per_epoch < lines
 
     def _stop_or_save(self):
         """All ranks at the same step. They wait for each other, and so agree when to meet next."""
