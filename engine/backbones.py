@@ -22,6 +22,7 @@ import vits
 from engine.data.decode import MAX_PIXELS, RGB, PixelFormat
 from engine.errors import UserError, first_line
 from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from moco.batchnorm import at_least_fp32
 from vits import VITS, check_patches, size_to_str, to_pair
 
 RESNETS = tuple(
@@ -255,10 +256,17 @@ def _classifier_name(backbone, arch):
 
 
 class Classifier(nn.Linear):
-    """A linear classifier of [N, d], or of [N, d, 1, 1] where timm has a 1×1 convolution."""
+    """A linear classifier of [N, d], or of [N, d, 1, 1] where timm has a 1×1 convolution.
+
+    In eval mode it computes in fp32 under any autocast, as the probe does: bf16 logits have ties.
+    """
 
     def forward(self, x):
-        return super().forward(x.flatten(1))
+        x = x.flatten(1)
+        if self.training:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(at_least_fp32(x))
 
 
 @torch.no_grad()

@@ -120,7 +120,8 @@ class Run:
         holds: each has a state_dict, or is None. resume_from: of find_checkpoints. may_change:
         arguments that may differ when resuming; defaults: of all arguments. same_world_size: the
         number of processes changes the result. allow_divergence: weights may become non-finite, for
-        one of several classifiers may fail. peak_images_per_s: of engine/flops.py, for the MFU in the log.
+        one of several classifiers may fail. peak_images_per_s: of engine/flops.py, for the MFU in
+        the log.
         """
         self.folder, self.env, self.loader = Path(folder), env, loader
         self.metadata, self.model, self.epochs = metadata, state["model"], epochs

@@ -254,6 +254,9 @@ TIMM_OPTIONS = set(
 )
 
 
+RUN_KEYS = ("epoch", "args", "versions", "precision", "best_acc1")
+
+
 class Format(NamedTuple):
     """How a project names its weights.
 
@@ -292,7 +295,8 @@ class Weights(NamedTuple):
 
     kind: one of FORMATS. state, ema: tensors by their names in the file; ema, the moving average
     of fine-tuning, or None. config: arch, num_heads (None: not known), evaluate_ema, and what else
-    the file states, by the keys of our checkpoints: img_size, mean, class_names, ….
+    the file states, by the keys of our checkpoints: img_size, mean, class_names, …. run: the same
+    of the run that left it, RUN_KEYS.
     """
 
     path: str
@@ -300,6 +304,7 @@ class Weights(NamedTuple):
     state: dict
     ema: dict | None
     config: dict
+    run: dict
 
     def split(self, classifier_name, use_ema=False):
         """→ the backbone's tensors by our names; all other tensors, by their names in the file.
@@ -359,7 +364,8 @@ def read_weights(path, arch=None):
     config["num_heads"] = content.get("num_heads") or VITS.get(arch, {}).get("num_heads")
     ema, args = content.get("ema"), content.get("args") or {}
     config["evaluate_ema"] = ema is not None and bool(args.get("evaluate_ema"))
-    return Weights(str(path), kind, state, ema, config)
+    run = {key: content[key] for key in RUN_KEYS if content.get(key)}
+    return Weights(str(path), kind, state, ema, config, run)
 
 
 def _check_class_names(names, path):

@@ -16,12 +16,14 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import convert
 import features
+import predict
 import visualize
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 SCRIPTS = {module.__name__: module for module in (main_moco, main_lincls, main_finetune)}
-SCRIPTS |= {f"tools/{module.__name__}": module for module in (convert, features, visualize)}
+TOOLS = convert, features, predict, visualize
+SCRIPTS |= {f"tools/{module.__name__}": module for module in TOOLS}
 
 # Flags of other programs, of benchmarks/, and of the official release (docs/official.md).
 OTHER_FLAGS = {
@@ -114,7 +116,8 @@ def test_the_file_tree_is_complete():
 def known_flags(capsys):
     """Flags that the scripts' --help lists."""
     for name, module in SCRIPTS.items():
-        for picture in ("attention", "neighbours", "curves") if "visualize" in name else (None,):
+        pictures = ("attention", "pca", "neighbours", "curves")
+        for picture in pictures if "visualize" in name else (None,):
             with pytest.raises(SystemExit):
                 module.parse_args([picture, "--help"] if picture else ["--help"])
     return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out))

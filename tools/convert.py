@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import cli
 from engine.backbones import RESNETS, choose_config, create_backbone
-from engine.errors import UserError, first_line, print_line
+from engine.errors import UserError, first_line, print_line, printable
 from engine.files import exists
 from engine.weights import PRETRAINING, load_state_dict_strict, num_heads, read_weights
 from vits import VITS
@@ -117,10 +117,13 @@ def write(to, out, weights, config, backbone, heads, model):
         has_classifier = bool(heads) and weights.kind != PRETRAINING
         class_names = weights.config.get("class_names") if has_classifier else None
         stated = config.to_dict() | dict(num_heads=num_heads(model), class_names=class_names)
-        if "interpolation" not in weights.config:
-            del stated["interpolation"]  # each script has its own
+        del stated["interpolation"]  # each script has its own, unless the file states it
+        if "interpolation" in weights.config:
+            stated["interpolation"] = weights.config["interpolation"]
         if to == "timm":
             write_timm(new, state, stated, model)
+            card = model_card(out.name, weights, config, class_names)
+            (new / "README.md").write_text(card, encoding="utf-8")
         elif to == "torchvision":
             torch.save(state, new)
         elif to == "deit":
@@ -181,6 +184,123 @@ def write_timm(folder, state, config, model):
     # safetensors takes no tensors that share memory.
     state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# The model card
+
+# How a run trained, by an argument that its script alone has.
+TRAINED_BY = {
+    "moco_t": "pre-trained without labels by MoCo v3",
+    "batchnorm": "frozen, with a linear classifier that was trained on its features",
+    "mixup": "fine-tuned end to end, with a classifier",
+}
+# Arguments that say nothing of the weights, or where somebody's files are.
+UNSTATED = set(
+    "data data_root pretrained init_from val output_dir resume allow_changed_args save_minutes "
+    "save_every print_freq max_bad_images tensorboard evaluate knn knn_every knn_data knn_bank "
+    "device amp workers timeout compile epochs max_pixels".split()
+)
+
+
+def model_card(name, weights, config, class_names):
+    """README.md of timm's folder `name`; class_names: None without classifier."""
+    task = "image-classification" if class_names else "image-feature-extraction"
+    height, width = config.img_size
+    output = f"logits of {len(class_names)} classes" if class_names else "features"
+    interpolation = weights.config.get("interpolation", "bilinear")
+    return f"""---
+library_name: timm
+pipeline_tag: {task}
+tags: [timm, moco-v3]
+# license:
+---
+# {printable(name)}
+
+{describe_training(weights)}
+
+MoCo v3: Chen, Xie, He, *An Empirical Study of Training Self-Supervised Vision Transformers*,
+ICCV 2021, [arXiv 2104.02057](https://arxiv.org/abs/2104.02057).
+
+## Use
+
+The model returns {output}. timm 1.0.26 or later loads it, from this folder or from the Hub:
+
+```python
+import timm
+
+model = timm.create_model("local-dir:{printable(name)}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+`hf upload USER/NAME {printable(name)}` uploads the folder; then `hf-hub:USER/NAME` takes the place
+of `local-dir:{printable(name)}`.
+
+## Evaluation settings
+
+`config.json` states them: {height}×{width} pixels, {interpolation}, crop_pct 0.875, mean
+{list(config.pixel_format.mean)}, std {list(config.pixel_format.std)}. Images of exactly this size
+were measured as they are, which is crop_pct 1.{describe_accuracy(weights, class_names)}
+
+## License
+
+Not stated yet: whoever publishes these weights names their license here and in the first lines of
+this file. The images they were trained on may restrict it.
+"""
+
+
+def describe_training(weights):
+    """Markdown: the backbone, and what its file states of the run that left it."""
+    arch, args = weights.config["arch"], weights.run.get("args") or {}
+    how = [text for argument, text in TRAINED_BY.items() if argument in args]
+    if not how:
+        return f"`{arch}`. Its file ({weights.kind.name}) does not state how it was trained."
+    epochs = f"{weights.run.get('epoch', 0)} of {args.get('epochs')} epochs"
+    lines = [f"`{arch}`, {how[0]}, on `{last_part(args.get('data'))}`, {epochs}."]
+    if args.get("pretrained"):
+        lines.append(f"It started from `{last_part(args['pretrained'], 2)}`.")
+    if versions := weights.run.get("versions"):
+        precision = weights.run.get("precision", "unknown")
+        code = f"commit {versions.get('git')}, torch {versions.get('torch')}"
+        lines.append(f"Code: {code}. Precision: {precision}.")
+    return printable_lines([*lines, "", "```", *flag_lines(args), "```"])
+
+
+def printable_lines(lines):
+    return "\n".join(map(printable, lines))
+
+
+def flag_lines(args):
+    """The arguments that matter, each as a flag."""
+    lines = []
+    for name, value in args.items():
+        if name in UNSTATED or value is None or value is False:
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        words = [] if value is True else map(str, values)
+        lines.append(" ".join([f"--{name.replace('_', '-')}", *words]))
+    return lines
+
+
+def last_part(path, parts=1):
+    """Of a path; hf:NAME as it is. What lies above tells only where somebody keeps files."""
+    path = str(path)
+    return path if path.startswith("hf:") else "/".join(Path(path).parts[-parts:])
+
+
+def describe_accuracy(weights, class_names):
+    """Markdown, below the settings; empty for a backbone alone."""
+    if not class_names:
+        return ""
+    lines = ["", "", f"{len(class_names)} classes, in the order of `label_names` in `config.json`."]
+    acc1, args = weights.run.get("best_acc1"), weights.run.get("args") or {}
+    if acc1:
+        images = last_part(args.get("val") or args.get("data"))
+        ema = ", of a moving average that is not in this folder" if args.get("evaluate_ema") else ""
+        lines.append(
+            f"The best epoch of the run had a top-1 accuracy of {acc1:.2f} %, measured on the "
+            f"validation images of `{images}`{ema}."
+        )
+    return printable_lines(lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Pictures: what a ViT's class token attends to, the nearest images of an image, curves of runs.
+"""Pictures: attention and principal components of a ViT's patches, nearest images, curves of runs.
 
     python tools/visualize.py attention digits --pretrained runs/digits/checkpoint.pth
+    python tools/visualize.py pca digits --pretrained runs/digits/checkpoint.pth
     python tools/visualize.py neighbours digits --pretrained runs/digits/checkpoint.pth
     python tools/visualize.py curves runs/digits runs/digits2 --out curves.png
 
@@ -11,6 +12,7 @@ import itertools
 import math
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -49,9 +51,14 @@ def parse_args(argv=None):
 
     images = dict(type=flags.positive_int, default=6, metavar="N")
     images["help"] = "number of images, taken evenly from val, or from DIR"
-    picture = add_picture("attention", "attention of a ViT's class token, head by head")
-    flags.add_tool_flags(picture)
-    picture.group("picture")("--images", **images)
+    components = "principal components of a ViT's patches as colors, over all images together"
+    for name, help in (
+        ("attention", "attention of a ViT's class token, head by head"),
+        ("pca", components),
+    ):
+        picture = add_picture(name, help)
+        flags.add_tool_flags(picture)
+        picture.group("picture")("--images", **images)
     picture = add_picture("neighbours", "images of val and their nearest ones of train")
     flags.add_tool_flags(picture)
     add = picture.group("picture")
@@ -76,7 +83,7 @@ def main(args):
     check_writable(args.out)
     if args.picture != "curves":
         flags.check_not_among_images("--out", args.out, args.data)
-    draw = {"attention": attention, "neighbours": neighbours, "curves": curves}[args.picture]
+    draw = dict(attention=attention, pca=pca, neighbours=neighbours, curves=curves)[args.picture]
     with rc_context({"text.parse_math": False}):  # names may contain $, which begins a formula
         draw(args)
     print_line(args.out)
@@ -162,11 +169,7 @@ def attention(args):
     model, config = create_pretrained_backbone(args.pretrained, flags.backbone_options(args))
     model.requires_grad_(False).eval().to(env.device)
     check_class_token(model, config.arch)
-    source = flags.source(args, args.data, config.pixel_format)
-    part = source.val() if source.has_val() else source.train()
-    dataset = part.dataset
-
-    chosen, images = read_images(dataset, choose_images(dataset, args.images), config, args, env)
+    images, captions, pixel_format = read_some(args, config, env)
     with env.autocast():
         maps = class_attention(model, images)
     if maps is None:
@@ -174,8 +177,7 @@ def attention(args):
             f"{config.arch} has no attention to draw: in its last block the class token does not "
             "attend to all patches by a softmax"
         )
-    captions = image_captions(part, chosen)
-    save_figure(draw_attention(images, maps.cpu(), captions, dataset.pixel_format), args.out)
+    save_figure(draw_attention(images, maps.cpu(), captions, pixel_format), args.out)
 
 
 def check_class_token(model, arch):
@@ -253,6 +255,78 @@ def draw_attention(images, maps, captions, pixel_format=RGB):
             )
             set_caption(cell, f"max {weights.max():.2f}")
     figure.supxlabel("bright: where the class token looks, from 0 to the cell's max", fontsize=8)
+    return figure
+
+
+# Principal components
+
+
+def pca(args):
+    env = launch.init_distributed(args.device, args.amp, args.timeout)
+    model, config = create_pretrained_backbone(args.pretrained, flags.backbone_options(args))
+    model.requires_grad_(False).eval().to(env.device)
+    images, captions, pixel_format = read_some(args, config, env)
+    with env.autocast():
+        patches = patch_tokens(model, images, config.arch)
+    colors, explained = component_colors(patches.cpu())
+    save_figure(draw_pca(images, colors, explained, captions, pixel_format), args.out)
+
+
+def patch_tokens(model, images, arch):
+    """The patches after the last block and its norm → [n, rows, columns, d].
+
+    UserError for a backbone whose tokens are no grid of patches.
+    """
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is not None and hasattr(model, "blocks") and hasattr(model, "forward_intermediates"):
+        [patches] = model.forward_intermediates(
+            images, 1, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        if patches.shape[1] == math.prod(grid):
+            return patches.unflatten(1, tuple(grid))
+    raise UserError(f"{arch} has no grid of patches: pca is drawn for ViTs")
+
+
+def component_colors(patches):
+    """[n, rows, columns, d] → RGB in [0, 1], [n, rows, columns, 3]; explained variance, a fraction.
+
+    The components are those of the patches of all images. Each color spans the middle 98 % of its
+    component's values.
+    """
+    x = patches.double()
+    x = x - x.mean((0, 1, 2))
+    flat = x.flatten(0, 2)
+    variances, directions = torch.linalg.eigh(flat.T @ flat)  # ascending
+    directions = directions[:, -3:].flip(1)  # [d, 3]
+    # An eigenvector's sign is arbitrary: its largest entry is made positive.
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    values = x @ (directions * largest.sign())  # [n, rows, columns, 3]
+    low, high = values.flatten(0, 2).quantile(torch.tensor([0.01, 0.99]).double(), dim=0)
+    colors = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return colors, float(variances[-3:].sum() / variances.sum())
+
+
+def draw_pca(images, colors, explained, captions, pixel_format=RGB):
+    """images [n, C, H, W], colors [n, rows, columns, 3], n captions → Figure of pairs."""
+    height, width = images.shape[-2:]
+    pairs = math.ceil(math.sqrt(len(images)))  # in a row
+    figure, axes = create_grid(math.ceil(len(images) / pairs), 2 * pairs, height / width)
+    for cell in axes.flat[2 * len(images) :]:
+        cell.set_axis_off()
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        left, right = axes.flat[2 * i : 2 * i + 2]
+        show_image(left, image, pixel_format)
+        set_caption(left, caption)
+        right.imshow(
+            colors[i].numpy(),
+            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+            interpolation="nearest",
+        )
+    text = (
+        "red, green, blue: first three principal components of the patches of all images, "
+        f"{100 * explained:.0f} % of their variance"
+    )
+    figure.supxlabel(textwrap.fill(text, int(figure.get_figwidth() / 0.065)), fontsize=8)
     return figure
 
 
@@ -342,7 +416,16 @@ def draw_neighbours(
     return figure
 
 
-# What both share
+# What they share
+
+
+def read_some(args, config, env):
+    """--images of val, or of DIR → images, normalized, [n, C, H, W]; n captions; PixelFormat."""
+    source = flags.source(args, args.data, config.pixel_format)
+    part = source.val() if source.has_val() else source.train()
+    indices = choose_images(part.dataset, args.images)
+    chosen, images = read_images(part.dataset, indices, config, args, env)
+    return images, image_captions(part, chosen), part.dataset.pixel_format
 
 
 def choose_images(dataset, num_images):

@@ -37,7 +37,9 @@ HELPS = {
     "main_finetune": GROUPS,
     "convert": None,
     "features": ["images", "model", "hardware", "features"],
+    "predict": ["images", "model", "hardware", "predictions"],
     "visualize attention": ["images", "model", "hardware", "picture"],
+    "visualize pca": ["images", "model", "hardware", "picture"],
     "visualize neighbours": ["images", "model", "hardware", "picture"],
     "visualize curves": None,
 }

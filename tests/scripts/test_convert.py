@@ -12,9 +12,12 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from timm.data.readers.class_map import load_class_map
 from timm.models.vision_transformer import VisionTransformer
+from torchvision.transforms.v2.functional import to_pil_image
 
-from engine import checkpoint
+from engine import checkpoint, load_backbone
 from engine.backbones import BackboneConfig, Classifier, create_backbone
+from engine.data.crops import CenterCrops
+from engine.data.decode import PixelFormat
 from engine.errors import UserError
 from engine.weights import (
     create_classifier,
@@ -23,6 +26,7 @@ from engine.weights import (
     num_heads,
 )
 from moco import MoCo
+from moco.augmentation import normalize
 from vits import ConvStem
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -224,6 +228,92 @@ def test_any_backbone_goes_to_timm_and_back(tmp_path, arch, classes):
     content = checkpoint.load(back)
     assert content["arch"] == arch
     assert content.get("class_names") == (classes and [f"class {i}" for i in range(classes)])
+
+
+def test_timm_measures_what_we_measure(tmp_path):
+    """Its transform and the order of its classes, as timm reads them from the folder."""
+    images = dict(size=(32, 32), pixel_format=PixelFormat(3, (0.3, 0.4, 0.5), (0.2, 0.3, 0.4)))
+    source = save_ours(
+        tmp_path / "c.pth", "vit_nano", 3, patch_size=(8, 8), interpolation="bicubic", **images
+    )
+    model = load_timm(run(source, tmp_path / "timm", "timm", "--with-heads"))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    ramp = torch.arange(96.0)[:, None] + torch.arange(64.0)
+    pixels = torch.stack([ramp, 255 - ramp, ramp / 2]).round().to(torch.uint8)
+    ours, config, names = create_classifier(source, {})
+    found = transform(to_pil_image(pixels))
+    crops = CenterCrops(None, config.img_size, config.interpolation)
+    expected = normalize(crops.crop(pixels)[None].float() / 255, *config.pixel_format[1:3])
+    torch.testing.assert_close(found[None], expected, rtol=0, atol=0.03)  # a level is 0.02
+    assert config.interpolation == "bicubic" and "bicubic" in str(transform)
+    with torch.no_grad():
+        torch.testing.assert_close(model(expected), ours.eval()(expected), rtol=0, atol=1e-5)
+    assert OLD_TIMM or model.pretrained_cfg["label_names"] == names == [
+        "class 0",
+        "class 1",
+        "class 2",
+    ]
+
+
+def add_to(path, **stated):
+    torch.save(torch.load(path, weights_only=True) | stated, path)
+    return path
+
+
+def test_the_model_card_tells_what_was_trained_and_how_to_load_it(tmp_path, pretrained, files):
+    def card(name, source, *flags):
+        return (run(source, tmp_path / name, "timm", *flags) / "README.md").read_text()
+
+    text = card("plain", pretrained)
+    for words in (
+        "`vit_nano`, pre-trained without labels by MoCo v3, on `digits`, 1 of 1 epochs.",
+        "--batch-size 256", "--moco-t 0.2", "--moco-m-cos", "--lr 0.001", "Precision: float32",
+        'timm.create_model("local-dir:plain", pretrained=True)', "`hf upload USER/NAME plain`",
+        "16×16 pixels, bilinear, crop_pct 0.875", "pipeline_tag: image-feature-extraction",
+        "# license:\n", "Not stated yet",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "accuracy" not in text and "--workers" not in text
+
+    args = dict(
+        mixup=0.8, data="/home/someone/cats", pretrained="/home/someone/runs/a/b.pth", epochs=9
+    )
+    stated = dict(args=args, epoch=7, best_acc1=71.126, versions=dict(git="abc", torch="2"))
+    source = add_to(save_ours(tmp_path / "c.pth", "vit_nano", 3, patch_size=(8, 8)), **stated)
+    text = card("tuned", source, "--with-heads")
+    for words in (
+        "fine-tuned end to end, with a classifier, on `cats`, 7 of 9 epochs.",
+        "It started from `a/b.pth`.", "Code: commit abc, torch 2.", "logits of 3 classes",
+        "top-1 accuracy of 71.13 %, measured on the validation images of `cats`.",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "someone" not in text
+    assert "of a moving average" in card(
+        "ema", add_to(source, args=args | dict(evaluate_ema=True)), "--with-heads"
+    )
+    assert "top-1" not in card("backbone", source)
+    assert "does not state how it was trained" in card("official", files("resnet18", 5))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+def test_onnx_has_our_features(tmp_path, pretrained):
+    """The lines of docs/checkpoints.md, for any number of images."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    backbone, _ = load_backbone(pretrained)
+    torch.onnx.export(
+        backbone,
+        (torch.randn(2, 3, 16, 16),),
+        tmp_path / "backbone.onnx",
+        input_names=["images"],
+        output_names=["features"],
+        dynamic_shapes=({0: "batch"},),
+        dynamo=True,
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "backbone.onnx")
+    images = torch.randn(5, 3, 16, 16)
+    [features] = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.tensor(features), backbone(images), rtol=0, atol=1e-5)
 
 
 def timm_folder(folder, resnet, **images):

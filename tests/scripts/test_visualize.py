@@ -128,6 +128,54 @@ def test_runs_are_named_literally(tmp_path, succeed):
     succeed("tools/visualize.py", "curves", *runs, "--out", tmp_path / "c.png")
 
 
+@pytest.mark.parametrize("arch", ["vit_nano", "vit_conv_nano", "timm/test_vit2"])
+def test_pca_is_of_the_normalized_patches(arch):
+    size = (16, 32) if arch.startswith("vit") else (32, 64)
+    model = create_backbone(BackboneConfig(arch, size, (8, 8) if size[0] == 16 else None)).eval()
+    seen, images = [], torch.randn(2, 3, *size)
+    model.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model.forward_features(images)
+        found = visualize.patch_tokens(model, images, arch)
+    assert found.shape[:3] == (2, 2, 4)
+    torch.testing.assert_close(found.flatten(1, 2), seen[0][:, -8:])
+
+
+def test_colors_are_components_over_all_images():
+    patches = torch.randn(4, 5, 6, 20) * torch.linspace(0.1, 3, 20)
+    colors, explained = visualize.component_colors(patches)
+    x = patches.double().flatten(0, 2)
+    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    assert explained == pytest.approx(float((s[:3] ** 2).sum() / (s**2).sum()))
+    inside = (colors > 0) & (colors < 1)
+    assert inside.float().mean() > 0.95 and (colors.min(), colors.max()) == (0, 1)
+    for i in range(3):  # up to the sign, and linear between the ends
+        values = torch.stack([colors.flatten(0, 2)[:, i], u[:, i]])[:, inside.flatten(0, 2)[:, i]]
+        assert abs(torch.corrcoef(values)[0, 1]) == pytest.approx(1, abs=1e-9)
+    same, _ = visualize.component_colors(torch.ones(1, 2, 2, 20))
+    assert same.isfinite().all()
+
+
+def test_pca_is_drawn_beside_each_image(tmp_path, pretrained):
+    for n in (1, 5):
+        flags = ["--images", n, "--img-size", "32"]
+        (images, colors, _, captions, _), figure = draw(
+            "pca", pretrained, tmp_path / "p.png", *flags
+        )
+        assert (
+            images.shape == (n, 3, 32, 32) and colors.shape == (n, 4, 4, 3) and len(captions) == n
+        )
+        assert sum(len(axes.images) for axes in figure.axes) == 2 * n
+        assert_readable(figure)
+
+
+@pytest.mark.parametrize("arch, size", [("resnet18", 16), ("timm/convnext_atto", 32)])
+def test_pca_without_patches_is_refused(tmp_path, arch, size):
+    path = save_backbone(tmp_path / "b.pth", arch, size)
+    with pytest.raises(UserError, match=f"{arch} has no grid of patches: pca is drawn for ViTs"):
+        draw("pca", path, tmp_path / "p.png")
+
+
 def test_neighbours_are_the_nearest_by_cosine(pretrained, tmp_path):
     (queries, found, similarity, same_class, captions, found_captions, _), figure = draw(
         "neighbours", pretrained, tmp_path / "n.png", "--images", "10", "-k", "3"
