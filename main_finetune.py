@@ -37,6 +37,8 @@ from moco.distributed import rank, world_size
 
 INTERPOLATION = "bicubic"  # of the crops and of the images that are measured
 
+MIN_STEPS = 100  # of a run whose accuracy means something
+
 MAX_INITIAL_WEIGHT = 0.1  # largest fraction of the final average that may be initial weights
 
 
@@ -171,6 +173,7 @@ def finetune(args, env):
     with run:
         lr = f"{args.lr:g} · {args.batch_size}/256 = {scaled_lr(args.lr, args.batch_size):g}, adamw"
         downstream.print_config(args, run, config.arch, model, splits, lr)
+        warn_of_few_steps(run, num_steps=args.epochs * len(loader))
         for epoch in range(run.epoch + 1, args.epochs + 1):
             train_one_epoch(args, run, ddp_model, model, ema, loader, mixup, optimizer, scaler)
             classify = classify_images(ema.module if args.evaluate_ema else model, env)
@@ -185,6 +188,15 @@ def finetune(args, env):
         run.print(
             f"tuned   {format_accuracy(*last, splits.num_classes)} after {args.epochs} epochs; "
             f"best {best_acc1:.2f} % in epoch {best_epoch}"
+        )
+
+
+def warn_of_few_steps(run, num_steps):
+    """A backbone with a new classifier has hardly moved by then; the probe tells more."""
+    if num_steps < MIN_STEPS:
+        run.print(
+            f"warning: only {num_steps} steps, too few to tell how good the backbone is: more "
+            "--epochs, as in recipes/finetune_few_labels.txt"
         )
 
 

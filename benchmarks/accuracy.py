@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py fashion_mnist --labels 1 10 100 --data-root DIR
     python benchmarks/accuracy.py digits --seeds 0 --out -    # prints only
 It runs recipes/NAME.txt, lincls_NAME.txt and finetune_NAME.txt; finetune_NAME_10.txt is for 10 % of
-the labels. The controls train as long from random weights. Arguments that it doesn't know go to
+the labels, finetune_few_labels.txt for other fractions. The controls train as long from random weights. Arguments that it doesn't know go to
 main_moco.py. Runs that are finished are kept in --runs; others continue.
 """
 
@@ -60,8 +60,10 @@ def run(seed, args, extra):
 
 
 def finetune_recipe(name, percent):
-    """Of so many percent of the labels."""
-    return f"recipes/finetune_{name}{'' if percent == 100 else f'_{percent}'}.txt"
+    """Of so many percent of the labels; where they have none of their own, that of few labels."""
+    recipe = f"recipes/finetune_{name}{'' if percent == 100 else f'_{percent}'}.txt"
+    is_own = percent == 100 or (ROOT / recipe).exists()
+    return recipe if is_own else "recipes/finetune_few_labels.txt"
 
 
 def quick_flags(args, script):
@@ -111,8 +113,6 @@ def main():
     if args.quick and not args.out:
         parser.error("--quick is not for the published results: add --out")
     for percent in args.labels:
-        if not (ROOT / finetune_recipe(args.name, percent)).exists():
-            parser.error(f"--labels {percent}: no {finetune_recipe(args.name, percent)}")
         if percent < 100:
             export_subset(args, percent)
     with ThreadPoolExecutor(args.jobs) as pool:
