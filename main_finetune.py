@@ -182,12 +182,12 @@ def finetune(args, env):
             )
             [is_best] = results.update([(acc1, acc5)], epoch)
             run.metadata["best_acc1"] = results.best[0][0]
-            run.log_eval(f"top-1 {acc1:.2f} %", acc1=acc1, acc5=acc5)
+            run.log_eval(f"top-1 {acc1:.2f} %", splits.val, acc1=acc1, acc5=acc5)
             run.end_epoch(keep_as="best.pth" if is_best else None)
         (best_acc1, best_epoch), last = results.best[0], results.last[0]
         run.print(
             f"tuned   {format_accuracy(*last, splits.num_classes)} after {args.epochs} epochs; "
-            f"best {best_acc1:.2f} % in epoch {best_epoch}"
+            f"best {best_acc1:.2f} % in epoch {best_epoch}{run.unreadable.remark(splits.val)}"
         )
 
 

@@ -128,9 +128,10 @@ def freeze(backbone):
 def print_knn(args, splits, backbone, config, env):
     knn = KNN(splits, config.img_size, args.knn_bank, args.workers, env)
     k_values = [k for k in (10, 20, 100, 200) if k <= len(knn.bank_indices)] or [knn.k]
-    unreadable = UnreadableImages(args.max_bad_images, len(splits.train))
+    unreadable = UnreadableImages(args.max_bad_images)
     for k, accuracy in zip(k_values, knn(backbone, unreadable, k_values)):
-        launch.print_rank0(f"kNN     {accuracy:.2f} % with k {k}, bank {knn.num_read:,}")
+        remark = unreadable.remark(splits.val)
+        launch.print_rank0(f"kNN     {accuracy:.2f} % with k {k}, bank {knn.num_read:,}{remark}")
 
 
 def evaluate_saved(args, env):
@@ -177,7 +178,7 @@ def train(args, env, splits, backbone, config, folder, checkpoint_paths):
                 classify, len(args.lr), splits.val, config, args.workers, env, run.unreadable
             )
             results.update(accuracies, epoch)
-            log_accuracies(args, run, accuracies)
+            log_accuracies(args, run, splits.val, accuracies)
             run.end_epoch()
         print_results(args, splits, classifiers, results, run)
         for lr, linear, (acc1, _) in zip(args.lr, classifiers.export(), results.best):
@@ -252,12 +253,12 @@ def classify_features(backbone, classifiers, env):
     return classify
 
 
-def log_accuracies(args, run, accuracies):
+def log_accuracies(args, run, val, accuracies):
     values = {}
     for lr, (acc1, acc5) in zip(args.lr, accuracies):
         suffix = f"/lr{lr:g}" if len(args.lr) > 1 else ""
         values |= {f"acc1{suffix}": acc1, f"acc5{suffix}": acc5}
-    run.log_eval(f"top-1 {max(accuracies)[0]:.2f} %", **values)
+    run.log_eval(f"top-1 {max(accuracies)[0]:.2f} %", val, **values)
 
 
 def print_results(args, splits, classifiers, results, run):
@@ -271,7 +272,8 @@ def print_results(args, splits, classifiers, results, run):
         )
     (acc1, acc5), lr = max(zip(results.last, args.lr), key=lambda pair: pair[0])
     text = format_accuracy(acc1, acc5, splits.num_classes)
-    run.print(f"linear  {text} after {args.epochs} epochs, lr {lr:g}")
+    remark = run.unreadable.remark(splits.val)
+    run.print(f"linear  {text} after {args.epochs} epochs, lr {lr:g}{remark}")
 
 
 if __name__ == "__main__":

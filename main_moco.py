@@ -247,9 +247,9 @@ def evaluate(run, monitor, model):
     text = f"RankMe {values['rankme']:.1f}"
     if "knn" in values:  # log.jsonl has both
         text = f"kNN {values['knn']:.1f} %"
-    run.log_eval(text, **values)
+    knn = monitor.knn
+    run.log_eval(text, knn.splits.val if knn is not None else None, **values)
     if run.step == 0:
-        knn = monitor.knn
         bank = f" (k {knn.k}, bank {len(knn.bank_indices):,})" if knn is not None else ""
         run.print(f"before training: {text}{bank}")
 
@@ -281,7 +281,8 @@ def plot_first_views(run, crop_dataset, num_images=10):
     if not launch.is_main():
         return
     keys = [(0, int(index)) for index in evenly_spaced(len(crop_dataset), num_images)]
-    crops, params = next(unpack_batches([crop_dataset.__getitems__(keys)], run.unreadable))
+    batches = [crop_dataset.__getitems__(keys)]
+    crops, params = next(unpack_batches(batches, run.unreadable, crop_dataset))
     pixel_format = crop_dataset.dataset.pixel_format
     x1, x2 = make_views(run.env.to_device(crops), params, pixel_format)
     with contextlib.suppress(OSError):  # a full disk is reported when the run is saved

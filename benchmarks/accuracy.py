@@ -4,8 +4,9 @@
     python benchmarks/accuracy.py fashion_mnist --labels 1 10 100 --data-root DIR
     python benchmarks/accuracy.py digits --seeds 0 --out -    # prints only
 It runs recipes/NAME.txt, lincls_NAME.txt and finetune_NAME.txt; finetune_NAME_10.txt is for 10 % of
-the labels, finetune_few_labels.txt for other fractions. The controls train as long from random weights. Arguments that it doesn't know go to
-main_moco.py. Runs that are finished are kept in --runs; others continue.
+the labels, finetune_few_labels.txt for other fractions. The controls train as long from random
+weights. Arguments that it doesn't know go to main_moco.py. Runs that are finished are kept in
+--runs; others continue.
 """
 
 import json

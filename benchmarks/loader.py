@@ -2,6 +2,7 @@
 
     python benchmarks/loader.py --out benchmarks/results/loader.json
     python benchmarks/loader.py --quick
+    python benchmarks/loader.py --decoders
 JPEGs of 500×375, quality 92, cut from scikit-learn's two photographs; two views of 224 pixels.
 Images a second, one process and one thread: (a) PIL, torchvision's v1 transforms, two float views;
 (b) our worker's half, two uint8 crops and the parameters of what the device will do; (c) decoding
@@ -14,6 +15,7 @@ import random
 import statistics
 import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
+from engine.data import decode
 from engine.data.crops import TwoCrops, random_crop_box, resized_crop
 from engine.data.images import ImageFileDataset
 from engine.data.loader import create_loader
@@ -34,6 +37,7 @@ SIZE, CROP_MIN, BATCH = 224, 0.08, 32
 
 def main():
     parser = report.parser(__doc__)
+    parser.add_argument("--decoders", action="store_true", help="compare these alone")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("-j", "--workers", type=int, default=os.cpu_count())
@@ -46,6 +50,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photographs(Path(folder), count)
         dataset = ImageFileDataset(folder, paths)
+        if args.decoders:
+            times = decoder_times(dataset, rounds)
+            report.finish(args, torch.device("cpu"), us_per_image=times)
+            return
         crops = TwoCrops(dataset, (SIZE, SIZE), CROP_MIN, seed=0)
         fresh = FreshMemory(dataset, (SIZE, SIZE), CROP_MIN, seed=0)
         usual_rate, our_rate, decode_rate = rates_of_a_core(crops, rounds)
@@ -141,6 +149,28 @@ def cpu_time_of_parts(dataset, rounds):
             for i in range(len(images)):
                 work(i)
             times[name].append((time.process_time() - start) / len(images) * 1e6)
+    return {name: round(statistics.median(values)) for name, values in times.items()}
+
+
+def decoder_times(dataset, rounds):
+    """CPU microseconds to decode an image by each decoder that is installed: medians of rounds."""
+    decoders = {"PIL": (None, decode.JPEG_MODES)}
+    with suppress(ImportError):
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        decoders["torchvision"] = decode_jpeg, {3: ImageReadMode.RGB}
+    with suppress(ImportError):
+        from torchcodec.decoders import decode_jpeg
+
+        decoders["torchcodec"] = decode_jpeg, {3: "RGB"}
+    encoded = [dataset.get_bytes(i) for i in range(len(dataset))]
+    times = {name: [] for name in decoders}
+    for _ in range(rounds):
+        for name, (decode.decode_jpeg, decode.JPEG_MODES) in decoders.items():
+            start = time.process_time()
+            for data in encoded:
+                decode.decode_image(data)
+            times[name].append((time.process_time() - start) / len(encoded) * 1e6)
     return {name: round(statistics.median(values)) for name, values in times.items()}
 
 

@@ -63,7 +63,7 @@ class BackboneConfig:
             in_chans=self.pixel_format.in_chans,
             mean=self.pixel_format.mean,
             std=self.pixel_format.std,
-            max_value=self.pixel_format.max_value,
+            value_range=self.pixel_format.value_range,
             interpolation=self.interpolation,
         )
 
@@ -71,7 +71,7 @@ class BackboneConfig:
 def choose_config(options, stated=None, path=None):
     """By the options, else as the file at `path` states it, else the defaults → BackboneConfig.
 
-    options: arch, img_size, patch_size, small_stem, in_chans, mean, std, max_value, max_pixels,
+    options: arch, img_size, patch_size, small_stem, in_chans, mean, std, value_range, max_pixels,
     pos_embed, pool, as the flags of these names; None or missing: not given. stated: by the keys of
     BackboneConfig.to_dict. UserError where options contradict the file, or mean and std the
     channels.
@@ -90,13 +90,18 @@ def choose_config(options, stated=None, path=None):
     # The averages of ImageNet's where there are not three channels.
     mean = chosen.get("mean", IMAGENET_MEAN if n == 3 else (GRAY_MEAN,) * n)
     std = chosen.get("std", IMAGENET_STD if n == 3 else (GRAY_STD,) * n)
+    where = f": {path} states it" if path else ""
     for flag, values in (("--mean", mean), ("--std", std)):
         if len(values) != n:
             raise UserError(f"{flag} takes one number per channel: {n}, not {len(values)}")
-    if not (all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
-        raise UserError(f"{path} states mean {mean} and std {std}: give others by --mean and --std")
+        if not all(map(math.isfinite, values)) or (flag == "--std" and min(values) <= 0):
+            raise UserError(f"{flag} {' '.join(map(str, values))} can't normalize{where}")
     _check_arch(chosen["arch"])
-    max_value, max_pixels = chosen.get("max_value"), chosen.get("max_pixels", MAX_PIXELS)
+    value_range, max_pixels = chosen.get("value_range"), chosen.get("max_pixels", MAX_PIXELS)
+    if value_range is not None:
+        low, high = value_range = tuple(value_range)
+        if not low < high:
+            raise UserError(f"--value-range {low:g} {high:g}: the first must be the lower one")
     return BackboneConfig(
         arch=chosen["arch"],
         img_size=to_pair(chosen.get("img_size") or default_img_size(chosen["arch"])),
@@ -104,7 +109,7 @@ def choose_config(options, stated=None, path=None):
         small_stem=chosen.get("small_stem", False),
         pos_embed=chosen.get("pos_embed") or chosen.get("vit_pos_embed", "sincos"),
         pool=chosen.get("pool") or chosen.get("vit_pool", "token"),
-        pixel_format=PixelFormat(n, tuple(mean), tuple(std), max_value, max_pixels),
+        pixel_format=PixelFormat(n, tuple(mean), tuple(std), value_range, max_pixels),
     )
 
 

@@ -26,7 +26,7 @@ ENTRY_TYPES = {
     "in_chans": int,
     "mean": list | tuple,
     "std": list | tuple,
-    "max_value": int | float,
+    "value_range": list | tuple,
     "class_names": list,
 }
 

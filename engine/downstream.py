@@ -44,12 +44,13 @@ def load_test_splits(args, config, class_names, classifier):
 
 def print_accuracy(args, classify, splits, config, env):
     """The accuracy of a single classifier on splits.val, in a line."""
-    unreadable = UnreadableImages(args.max_bad_images, len(splits.val))
+    unreadable = UnreadableImages(args.max_bad_images)
     [(acc1, acc5)] = evaluation.accuracy(
         classify, 1, splits.val, config, args.workers, env, unreadable
     )
     text = evaluation.format_accuracy(acc1, acc5, splits.num_classes)
-    launch.print_rank0(f"{text} on {len(splits.val):,} images")
+    remark = unreadable.remark(splits.val)
+    launch.print_rank0(f"{text} on {len(splits.val):,} images{remark}")
 
 
 def print_config(args, run, model, backbone, splits, lr):

@@ -43,7 +43,7 @@ def iterate_eval_batches(
     crop_dataset = CenterCrops(dataset, img_size, interpolation)
     loader = create_loader(crop_dataset, [indices[chunk] for chunk in chunks], workers, env.device)
     mean, std = dataset.pixel_format.mean, dataset.pixel_format.std
-    for chunk, (images, positions) in zip(chunks, unpack_batches(loader, unreadable)):
+    for chunk, (images, positions) in zip(chunks, unpack_batches(loader, unreadable, dataset)):
         if len(positions):
             images = env.to_device(images)  # uint8 [n, C, H, W]
             yield chunk[positions], normalize(images.float() / 255, mean, std)
@@ -51,7 +51,7 @@ def iterate_eval_batches(
     if len(chunks) < max_batches:
         check_signals()
     if unreadable is not None:
-        unreadable.sync()
+        unreadable.sync(dataset)
 
 
 @torch.no_grad()
@@ -61,19 +61,29 @@ def accuracy(classify, num_classifiers, dataset, config, workers, env, unreadabl
 
     classify: normalized images [n, C, H, W] → a list of logits [n, num_classes], one for each
     classifier. config: BackboneConfig, for its img_size and interpolation. With fewer than 5
-    classes acc5 is 100. An unreadable image counts as wrong.
+    classes acc5 is 100. An unreadable image counts as wrong; UserError if all are unreadable.
     """
     correct = torch.zeros(num_classifiers, 2, dtype=torch.long, device=env.device)
+    num_read = torch.zeros((), dtype=torch.long, device=env.device)
     settings = config.img_size, workers, env, unreadable, config.interpolation
     batches = iterate_eval_batches(dataset, torch.arange(len(dataset)), *settings)
     for indices, images in batches:
+        num_read += len(indices)
         labels = dataset.labels[indices].to(env.device)[:, None]
         for i, logits in enumerate(classify(images)):
             hits = logits.topk(min(5, logits.shape[1])).indices == labels  # [n, 5]
             hits &= logits.isfinite().all(1, keepdim=True)  # a diverged classifier is always wrong
             correct[i] += torch.stack([hits[:, 0].sum(), hits.sum()])
+    _check_any_read(num_read, dataset)
     counts = all_reduce_sum(correct).tolist()
     return [(100 * top1 / len(dataset), 100 * top5 / len(dataset)) for top1, top5 in counts]
+
+
+def _check_any_read(num_read, dataset):
+    """num_read: a tensor, of this rank."""
+    if all_reduce_sum(num_read) == 0:
+        text = f"none of the {len(dataset):,} images to validate could be read"
+        raise UserError(text, exit_code=1)
 
 
 def format_accuracy(acc1, acc5, num_classes):
@@ -134,20 +144,24 @@ class KNN:
         if not is_read.all():
             bank, labels = bank[is_read], labels[is_read]
         if len(bank) == 0:
-            raise UserError("kNN has no image to search: none of its bank could be read")
+            text = "kNN has no image to search: none of its bank could be read"
+            raise UserError(text, exit_code=1)
         self.num_read = len(bank)
         bank = l2_normalize(bank)
         k_values = [min(k, len(bank)) for k in k_values or [self.k]]
 
         val = self.splits.val
         correct = torch.zeros(len(k_values), dtype=torch.long, device=self.env.device)
+        num_read = torch.zeros((), dtype=torch.long, device=self.env.device)
         batches = iterate_eval_batches(val, torch.arange(len(val)), *self.settings, unreadable)
         for positions, images in batches:
             with self.env.autocast():
                 queries = encoder(images)
             queries = l2_normalize(queries)
             predicted = knn_predict(queries, bank, labels, self.splits.num_classes, k_values)
+            num_read += len(positions)
             correct += (predicted == val.labels[positions].to(bank.device)[:, None]).sum(0)
+        _check_any_read(num_read, val)
         return [100 * n / len(val) for n in all_reduce_sum(correct).tolist()]
 
 

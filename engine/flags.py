@@ -12,7 +12,7 @@ from engine.errors import UserError
 from moco.augmentation import PAPER, Policy
 
 BACKBONE_OPTIONS = (
-    "arch img_size patch_size small_stem in_chans mean std max_value max_pixels pos_embed pool"
+    "arch img_size patch_size small_stem in_chans mean std value_range max_pixels pos_embed pool"
 ).split()
 RUN_OPTIONS = "epochs allow_changed_args save_minutes print_freq max_bad_images tensorboard".split()
 USAGE = "%(prog)s [@RECIPE] [FLAGS] DIR"
@@ -42,8 +42,8 @@ def add_image_flags(parser, in_chans=3):
     add("--mean", "channel means in 0…1 (default: ImageNet's)", type=fraction, **channels)
     std = "channel standard deviations (default: ImageNet's)"
     add("--std", std, type=positive_float, **channels)
-    max_value = "pixel value that maps to 1.0 in files of more than 8 bits (default: 65535)"
-    add("--max-value", max_value, type=positive_float)
+    ends = "pixel values that map to 0 and 1 in files of more than 8 bits"
+    add("--value-range", ends, type=finite_float, nargs=2, metavar=("LOW", "HIGH"))
     pixels = "largest height × width of an image file that is decoded"
     add("--max-pixels", pixels, type=positive_int, default=MAX_PIXELS)
 
@@ -104,7 +104,7 @@ def add_run_flags(parser):
     add("--save-minutes", minutes, type=non_negative_float, default=30)
     add("-p --print-freq", "steps between lines of log.jsonl", type=positive_int, default=10)
     add("--tensorboard", "log to TensorBoard, too", action="store_true")
-    unreadable = "fraction of the training images that may be unreadable"
+    unreadable = "fraction of the images of each set that may be unreadable"
     add("--max-bad-images", unreadable, type=fraction, default=0.001)
     return add
 
@@ -250,6 +250,7 @@ positive_float = _number(float, lambda v: 1e-12 <= v <= 1e38, "a number above 0 
 non_negative_float = _number(
     float, lambda v: v == 0 or 1e-12 <= v <= 1e38, "a number, 0 or more (1e-12 to 1e38)"
 )
+finite_float = _number(float, lambda v: abs(v) <= 1e38, "a number (-1e38 to 1e38)")
 seconds = _number(float, lambda v: 1 <= v <= 1e9, "a number of seconds (1 to 1e9)")
 fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 fraction_below_1 = _number(float, lambda v: 0 <= v < 1, "a number from 0, below 1")

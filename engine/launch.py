@@ -242,6 +242,7 @@ def is_first_to_print(text):
 
 
 def print_rank0(text, file=None):
+    """A line of text; names in it may contain anything."""
     if is_main():
         print_line(text, file)
 

@@ -17,6 +17,7 @@ import torch
 from engine import checkpoint as checkpoints
 from engine import plots
 from engine.checkpoint import LAST, DamagedCheckpoint
+from engine.data.decode import JPEG_DECODER
 from engine.data.images import dataset_digest
 from engine.data.loader import stop_workers, unpack_batches
 from engine.data.unreadable import UnreadableImages
@@ -148,9 +149,7 @@ class Run:
             tensorboard,
             peak_images_per_s,
         )
-        self.unreadable = UnreadableImages(
-            max_bad_images, len(loader.dataset), self.folder, self.resuming, self.print
-        )
+        self.unreadable = UnreadableImages(max_bad_images, self.folder, self.resuming, self.print)
 
     # Resume
 
@@ -262,7 +261,8 @@ class Run:
         run = self.metadata
         lines |= {
             "device": f"{run['device']}, {run['world_size']} process(es), {run['precision']}",
-            "with": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+            "with": ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+            + f"; JPEGs decoded by {JPEG_DECODER}",
             "args": " ".join(f"{n}={v}" for n, v in run["args"].items() if v != self.defaults[n]),
             "folder": self.folder,
         }
@@ -301,7 +301,7 @@ class Run:
         self.next_sync = self.step + 1
         self.last_sync = time.monotonic(), self.step
         requested = time.perf_counter()
-        for batch in unpack_batches(loader, self.unreadable):
+        for batch in unpack_batches(loader, self.unreadable, loader.dataset):
             self.logger.waited += time.perf_counter() - requested
             yield batch
             requested = time.perf_counter()
@@ -322,7 +322,7 @@ class Run:
             values = self.logger.read_steps()
             self._check_steps(values)
             self.logger.log_steps(values)
-            self.unreadable.sync()
+            self.unreadable.sync(self.loader.dataset)
         is_last = self.step % self.steps_per_epoch == 0
         if world_size() == 1 or is_last or self.step >= self.next_sync:
             self._stop_or_save()
@@ -349,7 +349,11 @@ class Run:
         if save_due:
             self.save()
 
-    def log_eval(self, text, **values):
+    def log_eval(self, text, val=None, **values):
+        """What an evaluation measured; val: the images that it measured on."""
+        if val is not None:
+            text += self.unreadable.remark(val)
+            values["unreadable"] = self.unreadable.count(val)
         self.logger.log_eval(text, **values)
         if "knn" in values and self.step > 0:
             message = self.spikes.update_knn(values["knn"])
@@ -374,7 +378,7 @@ class Run:
 
         One that the next save would not replace, for it is the last or kept, is tried twice.
         """
-        self.unreadable.sync()
+        self.unreadable.sync(self.loader.dataset)
         state = self._state()
 
         def write():

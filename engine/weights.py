@@ -430,7 +430,7 @@ def _read_timm_config(config, path):
         patch_size=to_pair(patch_size) if patch_size else None,
         mean=tuple(images.get("mean", ())),
         std=tuple(images.get("std", ())),
-        max_value=config.get("max_value"),
+        value_range=tuple(config.get("value_range") or ()) or None,
         interpolation=interpolation if interpolation in ("bilinear", "bicubic") else None,
         class_names=config.get("label_names"),
     )

@@ -156,7 +156,7 @@ def write_timm(folder, state, config, model):
     timm_config = dict(
         # timm ignores these two, we read them back.
         arch=config["arch"],
-        max_value=config["max_value"],
+        value_range=config["value_range"],
         label_names=config["class_names"],
         architecture=arch,
         num_classes=num_classes,

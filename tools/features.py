@@ -188,7 +188,7 @@ def image_names(dataset, path):
         return [str(i) for i in range(len(dataset))]
     folder = path if os.path.isdir(path) else os.path.dirname(path)  # of a list
     root = os.path.relpath(dataset.root, folder or ".")
-    return [os.path.normpath(os.path.join(root, os.fsdecode(name))) for name in dataset.paths]
+    return [os.path.normpath(os.path.join(root, name)) for name in dataset.paths]
 
 
 def dataset_id(dataset, path):
@@ -269,7 +269,7 @@ def embed(encoder, dataset, indices, img_size, workers, env):
     The second are the encoder's features. Images that can't be read are in no batch, and are
     reported on stderr. All ranks call this and exhaust it.
     """
-    unreadable = UnreadableImages(max_fraction=1, num_images=len(dataset))
+    unreadable = UnreadableImages(max_fraction=1)
     batches = iterate_eval_batches(dataset, indices, img_size, workers, env, unreadable)
     hide_bar = None if is_main() else True  # None: where stderr is not a terminal
     with tqdm(total=len(indices), unit=" images", disable=hide_bar) as bar:

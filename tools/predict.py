@@ -29,9 +29,9 @@ from visualize import check_writable, drawable
 from engine import cli, flags, launch
 from engine.data.splits import match_classes, require_labels
 from engine.data.unreadable import UnreadableImages
-from engine.errors import UserError, join_some, printable
+from engine.errors import UserError, join_some, print_line
 from engine.evaluation import format_accuracy, iterate_eval_batches
-from engine.files import atomic_write
+from engine.files import atomic_write, exists
 from engine.launch import all_reduce_sum, print_rank0
 from engine.plots import save_figure
 from engine.weights import check_num_classes, create_classifier
@@ -103,7 +103,7 @@ def main(args):
 
 def check_new(*paths):
     for path in paths:
-        if path.exists():
+        if exists(path):
             raise UserError(f"{path} exists already: name another --out, or move it away")
     check_writable(paths[0])
 
@@ -128,7 +128,7 @@ def load_images(args, config, class_names, classifier):
     except UserError as error:
         raise UserError(f"{error}; --no-labels predicts without labels") from None
     remarks = "; ".join([f"{len(part.dataset):,} labelled images", *source.remarks, *part.remarks])
-    print_rank0(printable(f"data    {args.data}: {remarks}"))
+    print_rank0(f"data    {args.data}: {remarks}")
     return part, part.dataset.labels
 
 
@@ -140,7 +140,7 @@ def predict(model, k, dataset, config, workers, env):
     """
     predicted = torch.zeros(len(dataset), k, dtype=torch.long, device=env.device)
     scores = torch.zeros(len(dataset), k, device=env.device)
-    unreadable = UnreadableImages(max_fraction=1, num_images=len(dataset))
+    unreadable = UnreadableImages(max_fraction=1)
     settings = config.img_size, workers, env, unreadable, config.interpolation
     batches = iterate_eval_batches(dataset, torch.arange(len(dataset)), *settings)
     hide_bar = None if is_main() else True  # None: where stderr is not a terminal
@@ -203,7 +203,7 @@ def print_accuracies(labels, hits, names):
     rows = zip(names, *class_counts(labels, hits[:, 0], len(names)))
     accuracies = sorted((100 * correct / n, name) for name, n, correct in rows if n)
     lowest = join_some((f"{name} {accuracy:.2f} %" for accuracy, name in accuracies), most=3)
-    print(printable(f"lowest of {len(accuracies)} classes: {lowest}"))
+    print_line(f"lowest of {len(accuracies)} classes: {lowest}")
 
 
 def draw_confusion(labels, predicted, names):

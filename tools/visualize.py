@@ -343,7 +343,7 @@ def neighbours(args):
 
     def encode(images, indices):
         """Those of the indices that can be read, [n], and their unit features, [n, d]."""
-        unreadable = UnreadableImages(max_fraction=1, num_images=len(images))
+        unreadable = UnreadableImages(max_fraction=1)
         features, is_read = encode_dataset(
             model, images, indices, config.img_size, args.workers, env, unreadable
         )
@@ -441,7 +441,7 @@ def read_images(dataset, indices, config, args, env):
 
     The others are reported on stderr.
     """
-    unreadable = UnreadableImages(max_fraction=1, num_images=len(dataset))
+    unreadable = UnreadableImages(max_fraction=1)
     batches = iterate_eval_batches(dataset, indices, config.img_size, args.workers, env, unreadable)
     positions, images = concatenate(batches)
     return indices[positions], images

@@ -13,7 +13,7 @@ from engine.data.decode import EXTENSIONS
 from engine.data.images import ImageFileDataset, Listing, Part
 from engine.data.lists import read_list
 from engine.data.places import find_places, is_archive, scandir
-from engine.errors import UserError, join_some
+from engine.errors import UserError, join_some, printable
 from engine.launch import on_rank0
 from moco.distributed import is_main
 
@@ -56,7 +56,7 @@ def _list_images(paths, extensions):
         return read_list(first, extensions)
     root, archives = first.parent, [path.name for path in paths]
     shown = dict(unit=" images", delay=2, leave=False, disable=not is_main())
-    with tqdm(desc=f"listing {root}", **shown) as bar:
+    with tqdm(desc=printable(f"listing {root}"), **shown) as bar:
         if first.is_dir():
             root, (listing, archives) = first, _list_folder(first, extensions, bar)
         if archives:
@@ -69,9 +69,11 @@ def _list_images(paths, extensions):
 
 def _list_folder(root, extensions, bar):
     """Images at any depth, one pass → Listing; and the archives where there are no images."""
-    names, archives, ignored, folders = [], [], Counter(), [""]
+    names, archives, ignored, folders, seen = [], [], Counter(), [""], {}
     for folder in folders:  # which grows
-        for own_name, is_dir in scandir(os.path.join(root, folder)):
+        entries, num_broken = scandir(os.path.join(root, folder), seen)
+        ignored["broken links"] += num_broken
+        for own_name, is_dir in entries:
             name = os.path.join(folder, own_name)
             if is_dir:
                 folders.append(name)
@@ -145,5 +147,6 @@ def _find_labels(listing):
 
 def _ignored(listing):
     """A remark on the files that are not images."""
-    counts = [f"{n:,} {kind or 'without extension'}" for kind, n in listing.ignored.most_common()]
+    found = (+listing.ignored).most_common()
+    counts = [f"{n:,} {kind or 'without extension'}" for kind, n in found]
     return (f"ignored: {join_some(counts)}",) if counts else ()

@@ -1,11 +1,12 @@
 """Hugging Face's datasets: hf:NAME, hf:NAME:CONFIG, and hf:DIR, which save_to_disk wrote."""
 
+import os
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from engine.data.images import EncodedDataset, Part, read_file
+from engine.data.images import EncodedDataset, Part, check_file_size, read_file
 from engine.errors import UserError, first_line, join_some, printable
 from engine.launch import rank0_first
 
@@ -16,19 +17,28 @@ VAL_NAMES = ("validation", "val", "test")
 class HuggingFaceDataset(EncodedDataset):
     """Images of a Hugging Face dataset, read from its Arrow files one by one.
 
-    column: of the images; split_name: how messages name the split.
+    column: of the images; split_name: how messages name the split. folders: where a record's path
+    may lead to.
     """
 
-    def __init__(self, records, column, split_name, pixel_format):
+    def __init__(self, records, column, split_name, pixel_format, folders=()):
         self.records, self.column, self.split_name = records, column, split_name
-        self.pixel_format = pixel_format
+        self.pixel_format, self.folders = pixel_format, folders
 
     def __len__(self):
         return len(self.records)
 
     def get_bytes(self, i):
-        image = self.records[int(i)][self.column]
-        return read_file(image["path"]) if image["bytes"] is None else image["bytes"]
+        image = self.records[int(i)][self.column] or {}
+        if image.get("bytes"):
+            check_file_size(len(image["bytes"]))
+            return image["bytes"]
+        if not image.get("path"):
+            raise ValueError("the record has no image")
+        path = os.path.realpath(image["path"])
+        if not any(path.startswith(os.path.join(folder, "")) for folder in self.folders):
+            raise ValueError(f"its path {path} leads out of the data set")
+        return read_file(path)
 
     def name(self, i):
         return printable(f"{self.split_name}, record {int(i)}")
@@ -57,6 +67,10 @@ def _load(path):
         import datasets
     except ImportError:
         raise UserError(f"{path} needs Hugging Face's datasets: pip install datasets") from None
+    if int(datasets.__version__.split(".")[0]) < 4:  # they run DIR/DIR.py
+        raise UserError(
+            f"{path} needs datasets 4 or newer, not {datasets.__version__}: pip install -U datasets"
+        )
     name, _, config = path.removeprefix("hf:").partition(":")
     try:
         is_saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
@@ -87,7 +101,10 @@ def _read_split(path, name, records, pixel_format):
             f"ClassLabel: keep one of each by select_columns ({SAVE})"
         )
     encoded = records.select_columns(images).cast_column(images[0], datasets.Image(decode=False))
-    dataset = HuggingFaceDataset(encoded, images[0], split_name, pixel_format)
+    folder = path.removeprefix("hf:").partition(":")[0]
+    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE)
+    folders = [os.path.realpath(folder) for folder in (folder, *caches)]
+    dataset = HuggingFaceDataset(encoded, images[0], split_name, pixel_format, folders)
     others = [name for name in features if name not in images + labels]
     remarks = (f"columns that are not read: {join_some(others)}",) if others else ()
     if not labels:

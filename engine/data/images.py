@@ -7,19 +7,22 @@ A dataset has a length, `labels` [n] or None, `pixel_format`, and for image i re
 import hashlib
 import os
 import stat
+import time
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from engine.data.decode import RGB, UnreadableImage, decode_image
-from engine.errors import first_line, printable
+from engine.errors import UserError, first_line, is_of_machine, machine_reason, printable
 from moco.augmentation import luminance
 
 DIGEST_IMAGES = 64  # images whose content is part of a digest
 DIGEST_BYTES = 2**20  # at most so much of each file
+MAX_FILE_BYTES = 2**30  # 100 megapixels of 16-bit RGB have 0.6 · 2³⁰
+MAX_NAME = 4096  # characters of a path below DIR, and of a label; Linux has no longer paths
+RETRY_SECONDS = (1, 2, 4, 8, 15)  # to wait before reading again, after a failure of the system
 
 
 class ArrayDataset:
@@ -57,16 +60,16 @@ class EncodedDataset:
     labels = None
 
     def read(self, i):
-        try:
-            return decode_image(self.get_bytes(i), self.pixel_format)
-        except Exception as error:  # PIL raises nearly anything on a broken file
-            raise UnreadableImage(self.name(i), _reason(error)) from None
+        """UnreadableImage for wrong content; UserError for a failure of the system that lasts."""
+        return _read(
+            lambda: decode_image(self.get_bytes(i), self.pixel_format), lambda: self.name(i)
+        )
 
     def raw_bytes(self, i):
         """What tells the image from others: its size and its first bytes; empty if unreadable."""
         try:
-            data = self.get_bytes(i)
-        except Exception:  # as in read
+            data = _read(lambda: self.get_bytes(i), lambda: self.name(i))
+        except UnreadableImage:
             return b""
         return b"%d " % len(data) + data[:DIGEST_BYTES]
 
@@ -75,10 +78,7 @@ class ImageFileDataset(EncodedDataset):
     """Image files: paths below `root`, labels [n] or None."""
 
     def __init__(self, root, paths, labels=None, pixel_format=RGB):
-        self.root = str(root)
-        # One array of bytes: a million str objects would be copied, page by page, into each
-        # forked worker as their reference counts change.
-        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.root, self.paths = str(root), PathList(paths)
         self.labels = None if labels is None else torch.as_tensor(labels)
         self.pixel_format = pixel_format
 
@@ -87,7 +87,7 @@ class ImageFileDataset(EncodedDataset):
 
     def path(self, i):
         """Path of the file, with the root."""
-        return os.path.join(self.root, os.fsdecode(self.paths[i]))
+        return os.path.join(self.root, self.paths[i])
 
     def name(self, i):
         return printable(self.path(i))
@@ -96,23 +96,70 @@ class ImageFileDataset(EncodedDataset):
         return read_file(self.path(i))
 
 
+class PathList:
+    """Paths in one array of bytes.
+
+    A million str objects would be copied, page by page, into each forked worker as their reference
+    counts change; np.array of them makes all as long as the longest.
+    """
+
+    def __init__(self, paths):
+        encoded = [os.fsencode(path) for path in paths]
+        self.ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self.characters = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError(i)
+        start = self.ends[i - 1] if i else 0
+        return os.fsdecode(self.characters[start : self.ends[i]].tobytes())
+
+
 def read_image(path, pixel_format=RGB):
     """An image file → uint8 [C, H, W], upright; UnreadableImage if it can't be read."""
-    try:
-        return decode_image(read_file(path), pixel_format)
-    except Exception as error:  # as above
-        raise UnreadableImage(str(path), _reason(error)) from None
+    return _read(lambda: decode_image(read_file(path), pixel_format), lambda: str(path))
 
 
-def _reason(error):
-    return getattr(error, "strerror", None) or first_line(error)
+def _read(read, name):
+    """read(), of the image called name(), repeated while the system fails.
+
+    A file that is missing or locked is a failure of the system, too: a share may be gone.
+    """
+    for seconds in (*RETRY_SECONDS, None):
+        try:
+            return read()
+        except UserError:
+            raise
+        except Exception as error:  # PIL raises nearly anything on a broken file
+            if not is_of_machine(error):
+                raise UnreadableImage(name(), first_line(error)) from None
+            if seconds is None:
+                reason = machine_reason(error)
+                raise UserError(
+                    f"can't read {name()}: {reason}, for {sum(RETRY_SECONDS)} seconds; "
+                    "--resume auto continues",
+                    exit_code=1,
+                    rank_local=True,
+                ) from None
+        time.sleep(seconds)
 
 
 def read_file(path):
     """The content of a regular file: a pipe would block, a device may never end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("no regular file")
-    return Path(path).read_bytes()
+    check_file_size(status.st_size)
+    with open(path, "rb") as file:
+        return file.read(status.st_size)  # as much is allocated
+
+
+def check_file_size(size):
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{size:,} bytes are more than an image may have, {MAX_FILE_BYTES:,}")
 
 
 class Listing(NamedTuple):
@@ -163,7 +210,7 @@ def dataset_digest(dataset, class_names=None):
     """
     parts = [b"%d" % len(dataset)]
     if isinstance(dataset, ImageFileDataset):
-        parts += [dataset.paths.dtype.str.encode(), dataset.paths.view(np.uint8)]
+        parts += [dataset.paths.ends, dataset.paths.characters]
     if dataset.labels is not None:
         present, labels = dataset.labels.unique(return_inverse=True)
         present = present.tolist()

@@ -3,13 +3,17 @@
 import os
 from collections import Counter
 
-from engine.data.images import Listing
+from engine.data.images import MAX_NAME, Listing
 from engine.errors import UserError
+
+MAX_LIST_BYTES = 2**31  # 20 million lines of 100 characters
 
 
 def read_list(path, extensions):
     """A .txt → Listing. UserError, naming the line, for one that is no such line."""
     try:
+        if os.path.getsize(path) > MAX_LIST_BYTES:
+            raise UserError(f"{path} is larger than {MAX_LIST_BYTES:,} bytes: it is no list")
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
@@ -20,7 +24,9 @@ def read_list(path, extensions):
         name, _, label = line.partition("\t")
         name, label = os.path.normpath(name), label.strip()
         problem = ""
-        if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+        if max(len(name), len(label)) > MAX_NAME:
+            problem = f"a name or label of more than {MAX_NAME} characters"
+        elif os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
             problem = f"{name} leads out of the folder of the list"
         elif not name.lower().endswith(extensions):
             problem = (

@@ -69,16 +69,17 @@ def _prepare_worker(worker):
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
-def unpack_batches(batches, unreadable=None):
+def unpack_batches(batches, unreadable=None, dataset=None):
     """Yields the data of each batch; raises a worker's UserError.
 
-    Images that could not be read go to `unreadable`, an UnreadableImages; without, they are errors.
+    Images of `dataset` that could not be read go to `unreadable`, an UnreadableImages; without it
+    they are errors.
     """
     for data, reasons in batches:
         if isinstance(data, UserError):
             raise data
         if unreadable is not None:
-            unreadable.add(reasons)
+            unreadable.add(reasons, dataset)
         elif reasons:
             path, reason = next(iter(reasons.items()))
             raise UserError(f"unreadable image {path}: {reason}", exit_code=1, rank_local=True)

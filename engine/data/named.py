@@ -42,8 +42,8 @@ def find(name, pixel_format, data_root):
     "train_labelled" differs from "train" for stl10 only, most of whose images have no labels.
     """
     _check_unambiguous(name, data_root)
-    if pixel_format.in_chans not in (1, 3) or pixel_format.max_value:
-        raise UserError(f"{name} is of 8-bit RGB: --in-chans 3 or 1, without --max-value")
+    if pixel_format.in_chans not in (1, 3) or pixel_format.value_range:
+        raise UserError(f"{name} is of 8-bit RGB: --in-chans 3 or 1, without --value-range")
     if name == "digits":
         return _load_digits(pixel_format), ()
 

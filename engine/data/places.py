@@ -32,15 +32,18 @@ def find_places(root):
     _check_form(root)
     if not root.is_dir():
         return ({} if is_archive(root.name) else {"all": [root]}), ()
-    entries = sorted(scandir(root))
-    folders = [name for name, is_dir in entries if is_dir]
-    files = [name for name, is_dir in entries if not is_dir]
-    archives = [name for name in files if is_archive(name)]
-    lists = [name for name in files if name.endswith(".txt") and layout.split_of(name[:-4])]
-    num_images = sum(name.lower().endswith(IMAGES) for name in files)
-    is_alone = len(folders) == 1 and not (lists or archives or num_images)
-    if is_alone and layout.split_of(folders[0]) is None:  # a leading folder
-        return find_places(root / folders[0])
+    seen, is_leading = {}, True
+    while is_leading:
+        entries, _ = scandir(root, seen)
+        folders = sorted(name for name, is_dir in entries if is_dir)
+        files = sorted(name for name, is_dir in entries if not is_dir)
+        archives = [name for name in files if is_archive(name)]
+        lists = [name for name in files if name.endswith(".txt") and layout.split_of(name[:-4])]
+        num_images = sum(name.lower().endswith(IMAGES) for name in files)
+        is_alone = len(folders) == 1 and not (lists or archives or num_images)
+        is_leading = is_alone and layout.split_of(folders[0]) is None
+        if is_leading:
+            root /= folders[0]
 
     found = {}  # split → names; a list is preferred to a folder, and a folder to archives
     for name in archives:
@@ -81,24 +84,34 @@ def _check_form(root):
     )
 
 
-def scandir(folder):
-    """What is not hidden in a folder → [(name, whether it is a folder)].
+def scandir(folder, seen):
+    """What is not hidden in a folder → [(name, whether it is a folder)], number of broken links.
 
-    UserError for a folder that can't be read, and for a link to a folder above it.
+    seen: the folders that were read before, to which this one is added. UserError for a folder
+    that can't be read, or that was read before: links make a circle, or a folder of two classes.
     """
-    entries = []
+    entries, num_broken = [], 0
     try:
+        status = os.stat(folder)
+        first = seen.setdefault((status.st_dev, status.st_ino), folder)
+        if first is not folder:
+            raise UserError(f"{folder} is a link to {first}, which is read, too: remove it")
         for entry in os.scandir(folder):
             if layout.is_hidden(entry.name):
                 continue
             is_dir = entry.is_dir()
-            if is_dir and entry.is_symlink() and _is_in(folder, entry.path):
-                raise UserError(f"{entry.path} links to a folder that it lies in: remove it")
-            entries.append((entry.name, is_dir))
+            if entry.is_symlink() and not is_dir and _is_broken(entry):
+                num_broken += 1
+            else:
+                entries.append((entry.name, is_dir))
     except OSError as error:
         raise UserError(f"can't list {folder}: {error.strerror}") from None
-    return entries
+    return entries, num_broken
 
 
-def _is_in(folder, parent):
-    return Path(folder).resolve().is_relative_to(Path(parent).resolve())
+def _is_broken(link):
+    try:
+        link.stat()
+    except FileNotFoundError:
+        return True
+    return False

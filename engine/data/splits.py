@@ -1,6 +1,7 @@
 """DIR → its splits; the labels of one set, numbered as another set or a classifier numbers them."""
 
 import copy
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -143,7 +144,14 @@ def require_labels(part, name):
             f"{name} has no labels: class folders (two at least), a list, .cls files in archives, "
             "a ClassLabel of hf:NAME"
         )
+    _check_unique(part.class_names, name)
     return part
+
+
+def _check_unique(class_names, name):
+    if len(set(class_names)) < len(class_names):
+        [(twice, _)] = Counter(class_names).most_common(1)
+        raise UserError(f"{name} has two classes called {twice}: their labels would be merged")
 
 
 def match_classes(part, class_names, name, path):
@@ -152,6 +160,7 @@ def match_classes(part, class_names, name, path):
     Classes are matched by name; the Part may lack some. A single folder of images is a class here
     if it is called like one. UserError, naming them, for classes that `path` doesn't know.
     """
+    _check_unique(class_names, path)
     index = {class_name: i for i, class_name in enumerate(class_names)}
     dataset = copy.copy(part.dataset)  # which may be another split's, too
     known_folders = [folder for folder in part.shared_folders if folder in index]

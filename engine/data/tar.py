@@ -1,5 +1,6 @@
 """Images in .tar archives, read where they lie, at random, by an index of their offsets."""
 
+import errno
 import functools
 import json
 import os
@@ -11,12 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.data.images import ImageFileDataset, Listing
+from engine.data.images import MAX_NAME, ImageFileDataset, Listing, check_file_size
 from engine.data.layout import is_hidden, shared_folders
-from engine.errors import UserError, first_line
+from engine.errors import UserError, first_line, is_of_machine
 
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-MAX_LABEL_BYTES = 2**16
+MAX_LABEL_BYTES = 2**16  # of a .cls or .json
+MAX_HEADER_BYTES = 2**20  # of names and the like that precede a member
 
 
 class TarIndex(NamedTuple):
@@ -50,15 +52,20 @@ class TarDataset(ImageFileDataset):
 
     def get_bytes(self, i):
         number, offset, size = self.spans[i].tolist()
-        state = self.states[number]
-        file = _open(os.path.join(self.root, self.archives[number]), state).fileno()
-        if _state(os.fstat(file)) != state:
-            raise OSError("the archive has changed since the run began")
-        # Not seek and read: the workers, which are forked, share the position in the file.
-        data = os.pread(file, size, offset)
-        if len(data) < size:
-            raise OSError("the archive is cut short")
-        return data
+        check_file_size(size)
+        path, state = os.path.join(self.root, self.archives[number]), self.states[number]
+        try:
+            file = _open(path, state).fileno()
+            if _state(os.fstat(file)) != state:
+                raise UserError(f"{path} has changed since the run began", 1, rank_local=True)
+            # Not seek and read: the workers, which are forked, share the position in the file.
+            data = os.pread(file, size, offset)
+            if len(data) < size:
+                raise OSError(errno.EIO, "the archive is cut short")
+            return data
+        except OSError:
+            _open.cache_clear()  # a stale handle stays stale
+            raise
 
 
 def _state(status):
@@ -105,9 +112,12 @@ def _index_archive(path, extensions, ignored, bar):
                 key, extension = re.fullmatch(r"((?:.*/)?[^./]*)(.*)", name, re.DOTALL).groups()
                 is_image, label = name.lower().endswith(extensions), ""
                 beside = [members.get(f"{key}.{kind}") for kind in ("cls", "json")]
-                if any(beside):  # as WebDataset names files: KEY.jpg, KEY.cls; KEY.mask.png is none
-                    is_image = extension.lower() in extensions
-                    label = _read_label(file, *beside) if is_image else ""
+                # As WebDataset names files: KEY.jpg, KEY.cls; KEY.mask.png beside them is no image.
+                if is_image and extension.lower() not in extensions:
+                    others = [members.get(key + known) for known in extensions]
+                    is_image = not any(others + beside)
+                elif is_image and any(beside):
+                    label = _read_label(file, *beside)
                 if is_image:
                     yield name, label, span
                 elif span not in beside:
@@ -115,6 +125,8 @@ def _index_archive(path, extensions, ignored, bar):
     except UserError:
         raise
     except Exception as error:  # tarfile raises nearly anything on a damaged header
+        if is_of_machine(error):
+            raise
         raise UserError(f"{path} is not a whole .tar, copy it again: {first_line(error)}") from None
 
 
@@ -124,10 +136,15 @@ def _read_members(file, start, end, ignored):
     Hidden files are skipped; `ignored` counts links and the like.
     """
     file.seek(start)
-    tar = tarfile.TarFile(fileobj=file)
+    tar = tarfile.TarFile(fileobj=_Headers(file))
+    previous = -1
     for member in iter(tar.next, None):
         tar.members.clear()  # a kilobyte each
         name, offset, size = os.path.normpath(member.name), member.offset_data, member.size
+        # A size may be negative: its member would be followed by the one before, for ever.
+        if tar.offset <= previous or len(name) > MAX_NAME:
+            raise tarfile.ReadError("it is damaged")
+        previous = tar.offset
         if is_hidden(os.path.basename(name)) or member.isdir():
             continue
         if not member.isreg() or member.issparse():
@@ -147,10 +164,27 @@ def _read_members(file, start, end, ignored):
         raise tarfile.ReadError(f"it is damaged, or several in one, at byte {tar.offset}")
 
 
+class _Headers:
+    """A file of which tarfile reads headers, whose sizes may be anything."""
+
+    def __init__(self, file):
+        self.file, self.tell = file, file.tell
+
+    def seek(self, offset):
+        if offset < 0:
+            raise tarfile.ReadError("it is damaged")
+        return self.file.seek(offset)
+
+    def read(self, size):
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError("it is damaged")
+        return self.file.read(size)
+
+
 def _read_label(file, cls, json_fields):
     """The text in KEY.cls, else `label` or `cls` in KEY.json, else ""; their offsets and sizes."""
     offset, size = cls or json_fields
-    if size > MAX_LABEL_BYTES:
+    if size > (MAX_NAME if cls else MAX_LABEL_BYTES):
         return ""
     text = os.pread(file.fileno(), size, offset).decode(errors="replace").strip()
     if cls:

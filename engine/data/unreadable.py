@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from engine.errors import UserError, join_some
-from engine.files import atomic_write
+from engine.files import atomic_write, exists
 from engine.launch import all_gather_object
 from moco.distributed import is_main
 
@@ -13,47 +13,56 @@ from moco.distributed import is_main
 class UnreadableImages:
     """The images that can't be read, each once: counted, limited, listed in folder/bad_images.txt.
 
-    max_fraction: of num_images may be unreadable. A resumed run continues the list that it finds.
-    Without a folder each is reported on stderr. print_fn: prints on rank 0.
-    all: path → reason, of all ranks, as of the last sync.
+    max_fraction: of each dataset may be unreadable. A resumed run continues the list that it finds,
+    and counts anew. Without a folder each is reported on stderr. print_fn: prints on rank 0.
+    all: path → reason, of all ranks and datasets, as of the last sync.
     """
 
-    def __init__(self, max_fraction, num_images, folder=None, resumed=False, print_fn=print):
-        self.max_fraction, self.num_images = max_fraction, num_images
-        self.print_fn = print_fn
+    def __init__(self, max_fraction, folder=None, resumed=False, print_fn=print):
+        self.max_fraction, self.print_fn = max_fraction, print_fn
         self.path = None if folder is None else Path(folder, "bad_images.txt")
-        self.all, self._new = {}, {}  # _new: what this rank has found since the last sync
-        if self.path is not None and resumed and is_main() and self.path.exists():
+        self.all = {}
+        self._found, self._new = {}, {}  # dataset → path → reason; new: on this rank since sync
+        if self.path is not None and resumed and is_main() and exists(self.path):
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-            self._new = dict(line.split("\t", 1) for line in lines if "\t" in line)
+            self.all = dict(line.split("\t", 1) for line in lines if "\t" in line)
 
-    def add(self, unreadable):
-        """unreadable: path → reason."""
-        self._new |= unreadable
+    def add(self, unreadable, dataset):
+        """unreadable: path → reason, of images of `dataset`."""
+        self._new.setdefault(dataset, {}).update(unreadable)
 
-    def sync(self):
-        """Collects and reports what all ranks have found since the last call; all ranks call it.
+    def sync(self, dataset):
+        """Collects and reports what all ranks have found in `dataset`; all ranks call it.
 
         UserError if there are more than max_fraction allows.
         """
-        new = {}
-        for found in all_gather_object(self._new):
-            new |= {path: reason for path, reason in found.items() if path not in self.all}
-        self._new = {}
-        if not new:
+        found, num_before = self._found.setdefault(dataset, {}), self.count(dataset)
+        for new in all_gather_object(self._new.pop(dataset, {})):
+            found |= new
+        if len(found) == num_before:
             return
+        new = {path: reason for path, reason in found.items() if path not in self.all}
         self.all |= new
-        if is_main():
+        if is_main() and new:
             self._report(new)
-        num_allowed = int(self.max_fraction * self.num_images + 1e-6)  # .29 · 100 is 28.999…
-        if len(self.all) > num_allowed:
-            examples = join_some((f"{path} ({self.all[path]})" for path in self.all), most=3)
+        num_allowed = int(self.max_fraction * len(dataset) + 1e-6)  # .29 · 100 is 28.999…
+        if len(found) > num_allowed:
+            examples = join_some((f"{path} ({found[path]})" for path in found), most=3)
             listed = f"; all are listed in {self.path}" if self.path else ""
             raise UserError(
-                f"{self._count()}, --max-bad-images {self.max_fraction:g} allows {num_allowed} of "
-                f"{self.num_images:,}: {examples}{listed}",
+                f"{_count(found)}, --max-bad-images {self.max_fraction:g} allows {num_allowed} of "
+                f"{len(dataset):,}: {examples}{listed}",
                 exit_code=1,
             )
+
+    def count(self, dataset):
+        """The number of unreadable images in `dataset`, as of the last sync."""
+        return len(self._found.get(dataset, ()))
+
+    def remark(self, dataset):
+        """To append to an accuracy on `dataset`."""
+        count = _count(self._found.get(dataset, ()))
+        return f" ({count} counted as wrong)" if self.count(dataset) else ""
 
     def _report(self, new):
         if self.path is None:
@@ -69,7 +78,8 @@ class UnreadableImages:
             self.print_fn(f"unreadable image {path}: {reason}; {listed}")
 
     def __str__(self):
-        return f"{self._count()} skipped: {self.path}"
+        return f"{_count(self.all)} skipped: {self.path}"
 
-    def _count(self):
-        return f"{len(self.all):,} unreadable image{'' if len(self.all) == 1 else 's'}"
+
+def _count(paths):
+    return f"{len(paths):,} unreadable image{'' if len(paths) == 1 else 's'}"

@@ -318,9 +318,11 @@ def test_init_from_a_vit_small_needs_its_heads(tmp_path):
 
 def test_init_from_asks_for_the_pixels_of_the_weights(tmp_path, pretrained):
     model = MoCo(create_backbone(BackboneConfig("vit_nano", 16, 8)), dim=8, mlp_dim=8)
-    stated = dict(std=(0.5, 0.5, 0.5), max_value=4095.0)
+    stated = dict(std=(0.5, 0.5, 0.5), value_range=(0.0, 4095.0))
     path = saved(tmp_path, checkpoint.load(pretrained) | stated)
-    with pytest.raises(UserError, match=r"trained with std \(0\.5, 0\.5, 0\.5\), max_value 4095"):
+    with pytest.raises(
+        UserError, match=r"trained with std \(0\.5, 0\.5, 0\.5\), value_range \(0\.0, 4095"
+    ):
         start(model, path, "vit_nano")
     assert start(model, path, "vit_nano", **stated)
 

@@ -91,11 +91,11 @@ def test_gray_images_through_all_scripts(succeed, refusal, gray, tmp_path, monke
 def test_six_channels_through_all_scripts(succeed, refusal, deep, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     run, means = tmp_path / "run", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    flags = ["--in-chans", 6, "--mean", *means, "--std", *means, "--max-value", 8191]
+    flags = ["--in-chans", 6, "--mean", *means, "--std", *means, "--value-range", 0, 8191]
     out = succeed("main_moco.py", deep, *STEPS, *flags, "--output-dir", run)
     assert "without saturation, hue and grayscale" in out
     state = checkpoint.load(run / "checkpoint.pth")
-    assert (state["mean"], state["max_value"]) == (tuple(means), 8191)
+    assert (state["mean"], state["value_range"]) == (tuple(means), (0, 8191))
 
     given = (deep, "--pretrained", run / "checkpoint.pth")
     assert "top-1" in succeed("main_lincls.py", *given, *SHORT, "--output-dir", tmp_path / "probe")

@@ -1,5 +1,6 @@
 """What the scripts do with each form of DIR, with --val and with --knn-data."""
 
+import itertools
 import re
 import tarfile
 
@@ -199,3 +200,16 @@ def test_a_run_on_archives_equals_that_on_files_and_resumes_exactly(script, tmp_
     losses(archive, "parts", "--save-every", 1)
     resume = ["--resume", tmp_path / "parts" / "checkpoint_0001.pth", "--workers", 2]
     assert losses(archive, "resumed", *resume) == expected[2:]
+
+
+def test_names_of_any_characters_write_nothing_else_to_the_terminal(script, tmp_path):
+    evil = "\x1b]0;title\x07\nmain_moco.py: error\x1b[31m"
+    for split, name in itertools.product(("train", "val"), ("a", evil)):
+        folder = tmp_path / f"set{evil}" / split / name
+        folder.mkdir(parents=True)
+        for i in range(8):
+            (folder / f"{evil}{i}.png").write_bytes(b"no image")
+    argv = (tmp_path / f"set{evil}", *MOCO)
+    code, out, err = script("main_moco.py", *argv, "--output-dir", tmp_path / f"run{evil}")
+    assert code == 1 and err.count("\n") == 1 and "\x1b" not in out + err
+    assert "\nmain_moco.py: error" not in out and "unreadable images" in err

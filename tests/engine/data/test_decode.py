@@ -33,8 +33,10 @@ RAMP = np.linspace(0, 65535, 2400).astype(np.uint16).reshape(40, 60)
 SIX_CHANNELS = np.random.default_rng(0).integers(0, 10_000, (40, 60, 6), dtype=np.uint16)
 
 
-def decode(data, in_chans=3, **options):
-    """A file's bytes → [H, W, C]."""
+def decode(data, in_chans=3, high=None, **options):
+    """A file's bytes → [H, W, C]; high: --value-range 0 HIGH."""
+    if high is not None:
+        options["value_range"] = (0, high)
     with quiet_libraries():
         image = decode_image(data, PixelFormat(in_chans, **options))
     assert image.dtype == torch.uint8 and len(image) == in_chans
@@ -85,7 +87,7 @@ LOSSLESS = [
     ("TIFF", "RGB", {"compression": "tiff_lzw"}),
     ("BMP", "RGB", {}),
 ]
-RESCALED = [  # --max-value is refused
+RESCALED = [  # --value-range is refused
     *(("PPM", mode, {}) for mode in ("RGB", "L", "1")),
     ("JPEG2000", "RGB", {"irreversible": False}),
 ]
@@ -93,13 +95,13 @@ LOSSLESS = [(*file, value) for file in LOSSLESS for value in (None, 1, 65535)]
 LOSSLESS += [(*file, None) for file in RESCALED]
 
 
-@pytest.mark.parametrize("kind, mode, save, max_value", LOSSLESS)
-def test_lossless_8_bit_files_give_the_pixels_that_were_saved(kind, mode, save, max_value, capfd):
+@pytest.mark.parametrize("kind, mode, save, high", LOSSLESS)
+def test_lossless_8_bit_files_give_the_pixels_that_were_saved(kind, mode, save, high, capfd):
     image = Image.fromarray(PICTURE)
     image = image.quantize(128) if mode == "P" else image.convert(mode)
     if mode in ("RGBA", "LA"):
         image.putalpha(Image.fromarray(Y.astype(np.uint8)))  # the top is transparent
-    found = decode(encoded(image, kind, **save), max_value=max_value)
+    found = decode(encoded(image, kind, **save), high=high)
     assert_equal(found, np.asarray(image.convert("RGB")))
     assert capfd.readouterr() == ("", "")
 
@@ -120,6 +122,22 @@ def test_jpegs_are_read_as_pil_reads_them(mode, save):
         assert image.mode == mode
         expected = np.asarray(image.convert("RGB")).astype(int)
     assert_equal(decode(data), expected, tolerance=2)  # two decoders
+
+
+def test_torchcodec_gives_the_pixels_of_torchvision(monkeypatch):
+    decoders = pytest.importorskip("torchcodec.decoders", reason="torchcodec is not installed")
+    jpeg, xmp = encoded(PICTURE, "JPEG"), XMP.replace(b"/>", b' tiff:Orientation="8"/>')
+    segments = [(), (exif_segment(6),), (XMP, exif_segment(6)), (exif_segment(6, 1),), (xmp,)]
+    jpegs = [with_segments(jpeg, *before) for before in segments]
+    jpegs += [encoded(PICTURE, "JPEG", progressive=True), encoded(GRAY, "JPEG")]
+    jpegs.append(encoded(Image.fromarray(PICTURE).convert("CMYK"), "JPEG"))
+    expected = [decode(data, in_chans) for data in jpegs for in_chans in (1, 3)]
+    monkeypatch.setattr("engine.data.decode.decode_jpeg", decoders.decode_jpeg)
+    monkeypatch.setattr("engine.data.decode.JPEG_MODES", {3: "RGB", 1: "GRAY"})
+    found = [decode(data, in_chans) for data in jpegs for in_chans in (1, 3)]
+    for image, expected_image in zip(found, expected, strict=True):
+        assert_equal(image, expected_image)
+    assert reason(jpeg[:300])
 
 
 # The right way up.
@@ -147,10 +165,11 @@ def test_photographs_come_upright(kind, mode, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(image, kind, exif=exif)
-    expected = UPRIGHT[orientation](decode(encoded(image, kind)))
-    assert_equal(decode(data), expected)
+    expected = UPRIGHT[orientation](decode(encoded(image, kind), high=65535))
+    assert_equal(decode(data, high=65535), expected)
     with Image.open(io.BytesIO(data)) as image:  # not loaded yet
-        found = convert_pil_image(image, PixelFormat()).permute(1, 2, 0).numpy()
+        deep = PixelFormat(value_range=(0, 65535))
+        found = convert_pil_image(image, deep).permute(1, 2, 0).numpy()
     assert_equal(found, expected, tolerance=2)
 
 
@@ -159,8 +178,8 @@ def test_tiffs_come_upright(orientation):
     for array, colors in ((PICTURE, "rgb"), (DEEP, "rgb"), (SIX_CHANNELS, "minisblack")):
         options, in_chans = {"photometric": colors, "planarconfig": "contig"}, array.shape[2]
         data = tiff(array, extratags=[(0x0112, 3, 1, orientation, True)], **options)
-        expected = UPRIGHT[orientation](decode(tiff(array, **options), in_chans))
-        assert_equal(decode(data, in_chans), expected)
+        expected = UPRIGHT[orientation](decode(tiff(array, **options), in_chans, 65535))
+        assert_equal(decode(data, in_chans, 65535), expected)
 
 
 XMP = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"
@@ -229,22 +248,23 @@ def png_of_16_bits(colors):
 def test_16_bits_a_color_keep_their_range(channels):
     deep = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1], RAMP], -1)[..., :channels]
     expected = deep[..., :3] if channels > 2 else deep[..., :1].repeat(3, -1)
-    assert_equal(decode(png_of_16_bits(deep)), expected / 257, tolerance=1)
+    high = 65535 if channels == 1 else None  # PIL keeps 8 bits of colors
+    assert_equal(decode(png_of_16_bits(deep), high=high), expected / 257, tolerance=1)
 
 
-def test_max_value_is_white_in_deep_gray_files():
+def test_the_end_of_the_range_is_white_in_deep_gray_files():
     twelve_bits = RAMP // 16
     for kind, in_chans in itertools.product(("PNG", "TIFF"), (1, 3)):
-        found = decode(encoded(twelve_bits, kind), in_chans, max_value=4095)
+        found = decode(encoded(twelve_bits, kind), in_chans, high=4095)
         assert_equal(found, (twelve_bits / 4095 * 255)[..., None].repeat(in_chans, 2), 1)
         assert found.max() == 255
 
 
-def test_where_max_value_cannot_act_it_says_so():
+def test_where_the_range_cannot_act_it_says_so():
     deep_png = png_of_16_bits(np.stack([RAMP] * 3, -1))
     pgm = b"P5 60 40 4095\n" + (RAMP // 16).astype(">u2").tobytes()  # PIL scales by its 4095
     for data in (deep_png, pgm, encoded(PICTURE, "JPEG2000")):
-        assert "--max-value can't act" in reason(data, max_value=4095)
+        assert "--value-range can't act" in reason(data, high=4095)
     assert_equal(decode(pgm), (RAMP / 257)[..., None].repeat(3, -1), tolerance=1.1)
 
 
@@ -255,56 +275,52 @@ def test_deep_tiffs_of_any_layout_keep_their_range(order, bigtiff, planar):
     layout = {"byteorder": order, "bigtiff": bigtiff}
     planes = np.moveaxis(DEEP, 2, 0) if planar else DEEP
     colors = {"photometric": "rgb", "planarconfig": "separate" if planar else "contig", **layout}
-    for max_value in (None, 65535):
-        assert_equal(decode(tiff(planes, **colors), max_value=max_value), PICTURE, 1)
-        white = tiff(65535 - DEEP[..., 0], photometric="miniswhite", **layout)
-        assert_equal(decode(white, max_value=max_value), GRAY_AS_RGB, 1)
-        black = tiff(DEEP[..., 0], photometric="minisblack", compression="zlib", **layout)
-        assert_equal(decode(black, max_value=max_value), GRAY_AS_RGB, 1)
+    assert_equal(decode(tiff(planes, **colors), high=65535), PICTURE, 1)
+    white = tiff(65535 - DEEP[..., 0], photometric="miniswhite", **layout)
+    assert_equal(decode(white, high=65535), GRAY_AS_RGB, 1)
+    black = tiff(DEEP[..., 0], photometric="minisblack", compression="zlib", **layout)
+    assert_equal(decode(black, high=65535), GRAY_AS_RGB, 1)
     floats = tiff((planes / 65535).astype(np.float32), **colors)
-    assert_equal(decode(floats, max_value=1), PICTURE, 1)
-    half = decode(tiff(planes // 2, **colors), max_value=32767)
+    assert_equal(decode(floats, high=1), PICTURE, 1)
+    half = decode(tiff(planes // 2, **colors), high=32767)
     assert_equal(half, PICTURE, 1)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "uint32", "float32", "float64"])
-def test_types_whose_range_is_unknown_need_max_value(dtype):
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "int16", "int32", "uint32", "float32"])
+def test_types_whose_range_is_unknown_need_value_range(dtype):
     array = (GRAY // 2).astype(dtype)
     for data in (tiff(array, photometric="minisblack"), npy(array)):
         in_chans = 1 if data.startswith(b"\x93") else 3
-        words = f"pixels are {dtype}, whose range is unknown: --max-value"
-        assert words in reason(data, in_chans)
-        found = decode(data, in_chans, max_value=127.5)
+        words = f"pixels are {dtype}, 0 to 117, of unknown range: --value-range LOW HIGH"
+        assert reason(data, in_chans) == words
+        found = decode(data, in_chans, high=127.5)
         assert_equal(found, GRAY_AS_RGB[..., :in_chans] // 2 * 2, tolerance=1)
 
 
 @pytest.mark.parametrize("dtype", ["int16", "float32"])
-def test_negative_pixels_are_refused_and_large_ones_are_white(dtype):
-    array = np.array([[0, 50, 100, 30_000]], dtype)
+def test_the_range_may_be_negative_and_ends_where_it_says(dtype):
+    array = np.array([[-32_000, -1000, -500, 0, 30_000]], dtype)
     for write in (npy, partial(tiff, photometric="minisblack")):
-        assert decode(write(array), 1, max_value=100).ravel().tolist() == [0, 127, 255, 255]
-        array[0, 0] = -9
-        assert "pixels down to -9: make negative ones 0 or NaN" in reason(
-            write(array), 1, max_value=100
-        )
-        array[0, 0] = 0
+        found = decode(write(array), 1, value_range=(-1000, 0))
+        assert found.ravel().tolist() == [0, 0, 127, 255, 255]
+        assert decode(write(array), 1, high=30_000).ravel().tolist() == [0, 0, 0, 0, 255]
 
 
 def test_pixels_without_data_are_black():
     array = np.array([[np.nan, np.inf, 0.5]])
     for data in (npy(array), tiff(array, photometric="minisblack")):
-        assert decode(data, 1, max_value=1).ravel().tolist() == [0, 255, 127]
+        assert decode(data, 1, value_range=(-1, 1)).ravel().tolist() == [0, 255, 191]
 
 
-@pytest.mark.parametrize("max_value", [None, 1, 65535])
-def test_palettes_have_16_bits(max_value):
+@pytest.mark.parametrize("high", [None, 1, 65535])
+def test_palettes_have_16_bits(high):
     index = ((X + Y) % 256).astype(np.uint8)
     ramp = np.stack([np.arange(256), 255 - np.arange(256), np.arange(256) // 2]).astype(np.uint16)
     for scale in (256, 257):
         data = tiff(index, photometric="palette", colormap=ramp * scale)
-        assert_equal(decode(data, max_value=max_value), np.moveaxis(ramp[:, index], 0, -1))
+        assert_equal(decode(data, high=high), np.moveaxis(ramp[:, index], 0, -1))
     data = tiff(index, photometric="palette", colormap=ramp)
-    assert "palette has 8 bits in place of 16: convert it" in reason(data, max_value=max_value)
+    assert "palette has 8 bits in place of 16: convert it" in reason(data, high=high)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -336,14 +352,12 @@ def test_multispectral_images_keep_channels_and_range(name, dtype):
         array = np.moveaxis(stored, 2, 0) if name in ("pages", "planes") else stored
         data = tiff(array, photometric="minisblack", **MULTISPECTRAL[name])
     expected = np.minimum(stored / (5000 / 255), 255)
-    if dtype == np.uint8:  # --max-value does not act
+    if dtype == np.uint8:  # --value-range does not act
         expected = stored
         assert_equal(decode(data, 6), stored)
-    elif dtype == np.uint16:
-        assert_equal(decode(data, 6), stored // 257)
     else:
-        assert "float32, whose range is unknown: --max-value" in reason(data, 6)
-    assert_equal(decode(data, 6, max_value=5000), expected, tolerance=1.001)
+        assert "of unknown range: --value-range" in reason(data, 6)
+    assert_equal(decode(data, 6, high=5000), expected, tolerance=1.001)
     assert "6 channel(s), not --in-chans 4" in reason(data, 4)
 
 
@@ -369,11 +383,11 @@ def test_of_two_channels_none_is_dropped_unasked(kind, dtype):
         options = {"photometric": "minisblack", "planarconfig": kind}
         data = tiff(array, **options)
         alpha = tiff(array, extrasamples=["unassalpha"], **options)
-        assert_equal(decode(alpha), GRAY_AS_RGB)
+        assert_equal(decode(alpha, high=65535), GRAY_AS_RGB)
     words = "it has 2 channels: --in-chans 2 reads both, --in-chans 1 the first"
     assert reason(data) == words
-    assert_equal(decode(data, 1), GRAY[..., None])
-    assert_equal(decode(data, 2), np.dstack([GRAY, 255 - GRAY]))
+    assert_equal(decode(data, 1, 65535), GRAY[..., None])
+    assert_equal(decode(data, 2, 65535), np.dstack([GRAY, 255 - GRAY]))
 
 
 def test_a_fourth_channel_that_may_not_be_alpha_is_not_dropped():
@@ -383,9 +397,9 @@ def test_a_fourth_channel_that_may_not_be_alpha_is_not_dropped():
         for in_chans in (1, 3):
             assert reason(data, in_chans) == f"it has 4 channel(s), not --in-chans {in_chans}"
             assert reason(npy(deep), in_chans)
-        assert_equal(decode(data, 4), four)
+        assert_equal(decode(data, 4, 65535), four)
         data = tiff(deep, photometric="rgb", extrasamples=["unassalpha"])
-        assert_equal(decode(data), PICTURE)
+        assert_equal(decode(data, 3, 65535), PICTURE)
 
 
 def test_four_channels_are_those_of_the_file():
@@ -397,12 +411,17 @@ def test_four_channels_are_those_of_the_file():
         assert reason(encoded(cmyk, kind), 4)
 
 
-@pytest.mark.parametrize("max_value", [None, 65535])
-def test_of_several_pages_the_first_is_read(max_value):
-    pages = np.stack([GRAY, 255 - GRAY, GRAY])
+@pytest.mark.parametrize("options", [{}, {"imagej": True}, {"ome": True}])
+def test_gray_pages_are_channels_and_of_colored_ones_the_first_is_read(options):
+    pages = np.moveaxis(PICTURE, 2, 0)
     for array in (pages, pages.astype(np.uint16) * 257):
-        data = tiff(array, photometric="minisblack")
-        assert_equal(decode(data, max_value=max_value), GRAY_AS_RGB)
+        data = tiff(array, photometric="minisblack", **options)
+        assert_equal(decode(data, 3, 65535), PICTURE)
+        assert_equal(decode(data, 1, 65535), PICTURE[..., :1])
+        two = tiff(array[:2], photometric="minisblack", **options)
+        assert reason(two).startswith("it has 2 channels: --in-chans 2 reads both")
+    colored = tiff(np.stack([PICTURE, 255 - PICTURE]), photometric="rgb")
+    assert_equal(decode(colored), PICTURE)
 
 
 # What is refused, by name.
@@ -427,7 +446,8 @@ def tiff_by_hand(pixels, bits, samples=1, photometric=1, compression=1):
 def test_a_rare_compression_is_read_or_its_codec_is_named():
     data = encoded(Image.fromarray(RAMP), "TIFF", compression="tiff_lzw")
     if tifffile.tifffile.imagecodecs.__name__ == "imagecodecs":
-        assert_equal(decode(data), (RAMP / 257)[..., None].repeat(3, -1), tolerance=1.1)
+        expected = (RAMP / 257)[..., None].repeat(3, -1)
+        assert_equal(decode(data, high=65535), expected, tolerance=1.1)
     else:
         assert "imagecodecs" in reason(data)
 
@@ -470,6 +490,14 @@ def test_damaged_arrays_and_tiffs_are_found_out():
         assert reason(npy(array), 6)
 
 
+def test_a_tiff_without_some_of_its_strips_is_refused():
+    whole = tiff(RAMP, photometric="minisblack", rowsperstrip=10)
+    with tifffile.TiffFile(io.BytesIO(whole)) as file:
+        at = file.pages[0].tags[278].valueoffset
+    cut = whole[:at] + struct.pack("<H", 5) + whole[at + 2 :]
+    assert reason(cut, high=65535) == "it lacks a part of its pixels"
+
+
 def test_extensions_are_those_of_the_formats():
     known = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split()
     assert set(known) <= set(EXTENSIONS)
@@ -484,7 +512,7 @@ def test_max_pixels_is_the_largest_image_of_any_format(monkeypatch):
     data = [encoded(PICTURE, kind) for kind in ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")]
     data.append(tiff(DEEP, photometric="rgb"))
     for image in [*data, npy(PICTURE)]:
-        assert decode(image, max_pixels=2400).shape == (40, 60, 3)
+        assert decode(image, 3, 65535, max_pixels=2400).shape == (40, 60, 3)
         assert reason(image, max_pixels=2399) == "60 x 40 pixels exceed --max-pixels 2399"
     assert 102e6 < MAX_PIXELS < 150e6  # a medium-format camera's, and not much more
 
@@ -499,7 +527,8 @@ def test_what_is_too_large_takes_no_memory():
     try:
         assert "13300 x 13300 pixels exceed --max-pixels" in reason(zeros)
         assert "it has 300 channel(s), not --in-chans 6" in reason(stack, 6)
-        assert decode(stack).shape == (1200, 1000, 3)  # its first page
+        assert "it has 300 channel(s), not --in-chans 3" in reason(stack)
+        assert decode(stack, 1).shape == (1200, 1000, 1)  # its first page
         assert tracemalloc.get_traced_memory()[1] < 30e6
     finally:
         tracemalloc.stop()
@@ -511,6 +540,34 @@ def test_a_tile_is_no_larger_than_max_pixels():
     entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items())]
     data = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(entries)
     assert "40000 x 40000 pixels exceed --max-pixels" in reason(data.ljust(300, b"\0"))
+
+
+def test_what_inflates_beyond_its_size_is_refused(monkeypatch):
+    """A strip of zeros, a .npy that announces a terabyte, and a JPEG of too many scans."""
+    whole = tiff(np.zeros((64, 64), np.float32), photometric="minisblack", compression="zlib")
+    strip = zlib.compress(bytes(2**26), 9)
+    with tifffile.TiffFile(io.BytesIO(whole)) as file:
+        at, count = (file.pages[0].tags[tag].valueoffset for tag in (273, 279))
+    bomb = bytearray(whole + strip)
+    bomb[at : at + 4], bomb[count : count + 4] = (
+        struct.pack("<I", n) for n in (len(whole), len(strip))
+    )
+    huge = npy(np.zeros((4, 4))).replace(b"(4, 4), }" + b" " * 10, b"(400000, 400000), }")
+    progressive = encoded(PICTURE, "JPEG", progressive=True)
+    scan, end = progressive.rindex(b"\xff\xda"), progressive.rindex(b"\xff\xd9")
+    scans = progressive[:end] + progressive[scan:end] * 100 + progressive[end:]
+    appended = progressive + progressive[scan:end] * 200  # after the end, as a phone's video
+    tracemalloc.start()
+    try:
+        assert reason(bytes(bomb), high=1)
+        assert reason(huge, 1, high=1) == "it is cut short"
+        assert reason(scans) == "a JPEG of more than 100 scans"
+        assert tracemalloc.get_traced_memory()[1] < 30e6
+    finally:
+        tracemalloc.stop()
+    assert_equal(decode(appended + b"\xff\xd9"), decode(progressive))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install imagecodecs" in reason(whole, high=1)
 
 
 # The terminal shows our lines alone.

@@ -1,6 +1,7 @@
 """What a folder or a list becomes: images, labels, splits, and what is said of the rest."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def make(image_file, tmp_path):
 
 def names(part):
     """Of its images, below the dataset's root."""
-    return [os.fsdecode(path) for path in part.dataset.paths]
+    return list(part.dataset.paths)
 
 
 def labels(part):
@@ -119,7 +120,7 @@ def test_hidden_files_and_folders_are_skipped_at_every_level(make):
     assert splits.remarks == ()
 
 
-def test_links_are_followed_unless_they_lead_up(make):
+def test_links_are_followed_but_each_folder_is_read_once(make):
     path = make("all/a/1.png", "all/b/2.png")
     os.symlink("all", f"{path}/train")
     os.symlink("all", f"{path}/val")
@@ -127,14 +128,28 @@ def test_links_are_followed_unless_they_lead_up(make):
     assert labels(open_source(path).train()) == ["a", "a", "b"]
     os.symlink("nowhere", f"{path}/all/b/4.png")
     os.mkfifo(f"{path}/all/b/5.png")  # opening it would block
-    train = open_source(path).train().dataset
-    for i, reason in ((3, "No such file"), (4, "no regular file")):
-        with pytest.raises(UnreadableImage, match=reason) as error:
-            train.read(i)
-        assert error.value.path == f"{path}/train/b/{i + 1}.png"
-    os.symlink("..", f"{path}/all/b/up")
-    with pytest.raises(UserError, match="train/b/up links to a folder that it lies in"):
-        open_source(path).train()
+    train = open_source(path).train()
+    assert train.remarks == ("ignored: 1 broken links",)
+    with pytest.raises(UnreadableImage, match="no regular file") as error:
+        train.dataset.read(3)
+    assert error.value.path == f"{path}/train/b/5.png"
+    for target in ("..", "../b", "../../val/a"):
+        os.symlink(target, f"{path}/all/b/x")
+        with pytest.raises(UserError, match=r"is a link to .*, which is read, too"):
+            open_source(path).train()
+        os.unlink(f"{path}/all/b/x")
+
+
+def test_a_long_name_costs_its_own_length(make):
+    path = make("1.png")
+    names = [f"{i}.png" for i in range(1000)] + ["n" * 3000 + ".png"]
+    Path(path, "list.txt").write_text("\n".join(names))
+    paths = open_source(f"{path}/list.txt").train().dataset.paths
+    assert list(paths) == names and paths.characters.nbytes < 20_000
+    for line in ("n" * 5000 + ".png", "1.png\t" + "n" * 5000):
+        Path(path, "list.txt").write_text(line)
+        with pytest.raises(UserError, match="line 1: a name or label of more than 4096"):
+            open_source(f"{path}/list.txt").train()
 
 
 def test_names_of_any_characters(make):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from engine.data.decode import PixelFormat, UnreadableImage, decode_image
+from engine.data.decode import RGB, PixelFormat, UnreadableImage, decode_image
+from engine.data.hub import HuggingFaceDataset
 from engine.data.splits import load_knn_splits, load_splits, open_source
 from engine.errors import UserError
 
@@ -48,7 +49,7 @@ def test_records_are_read_as_files_are(image_file, save):
         assert torch.equal(part.dataset.read(i), decode_image(paths[i].read_bytes()))
     gray = open_source(where, PixelFormat(1)).train().dataset
     assert torch.equal(gray.read(0), decode_image(paths[0].read_bytes(), PixelFormat(1)))
-    for i, words in ((2, "no image of a known format"), (3, "NoneType")):
+    for i, words in ((2, "no image of a known format"), (3, "the record has no image")):
         with pytest.raises(UnreadableImage, match=words) as error:
             part.dataset.read(i)
         assert error.value.path == f"{where} train, record {i}"
@@ -111,3 +112,27 @@ def test_names_of_configurations(image_file, tmp_path, monkeypatch, image, save)
         with pytest.raises(UserError, match=words) as error:
             open_source(path)
         assert "\n" not in str(error.value)
+
+
+def test_a_version_that_runs_code_of_the_set_is_refused(image, save, monkeypatch):
+    where = save(train=records([image]))
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(UserError, match=r"needs datasets 4 or newer, not 3\.6"):
+        open_source(where)
+
+
+def test_a_path_in_a_record_leads_to_a_file_of_the_set(image_file, tmp_path):
+    inside, outside = image_file("set/inside.png"), image_file("outside.png")
+    (tmp_path / "set" / "link.png").symlink_to(outside)
+    paths = [
+        inside,
+        outside,
+        tmp_path / "set" / "link.png",
+        tmp_path / "set" / ".." / "outside.png",
+    ]
+    images = [{"image": {"bytes": None, "path": str(path)}} for path in paths]
+    dataset = HuggingFaceDataset(images, "image", "x", RGB, [str(tmp_path / "set")])
+    assert dataset.read(0).shape == (3, 40, 60)
+    for i in (1, 2, 3):
+        with pytest.raises(UnreadableImage, match=r"outside\.png leads out of the data set"):
+            dataset.read(i)

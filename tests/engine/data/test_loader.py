@@ -98,8 +98,8 @@ def test_random_numbers_stay_as_they_are(monkeypatch):
 
     crops = TwoCrops(dataset, (8, 8), 0.2, seed=7)
     params = crops.__getitems__([(3, 5)])[0][1]
-    view_1 = [0.91563445, 1.33129382, 1.16967702, -0.07067876, 11, 1, 0.55627316, 0, 0]
-    view_2 = [0.80440730, 1.20024836, 1.12801075, 0.01007037, 3, 1, 0, 0, 1]
+    view_1 = [0.91563445, 1.33129382, 1.16967702, -0.07067876, 11, 1, 0.55627316, 0, 0, 0]
+    view_2 = [0.80440730, 1.20024836, 1.12801075, 0.01007037, 3, 1, 0, 0, 1, 0]
     assert torch.allclose(params[:, 0], torch.tensor([view_1, view_2]), rtol=1e-6)
 
     indices = []

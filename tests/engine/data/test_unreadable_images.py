@@ -1,5 +1,6 @@
 """Images that can't be read: found out, replaced, counted, listed, and too many of them."""
 
+import errno
 import io
 import os
 import re
@@ -16,9 +17,10 @@ from torch import nn
 
 import engine.data.unreadable
 from engine.backbones import BackboneConfig
+from engine.data import images
 from engine.data.crops import CenterCrops, LabelledCrops, TwoCrops
 from engine.data.decode import RGB, UnreadableImage, decode_image
-from engine.data.images import ArrayDataset, ImageFileDataset
+from engine.data.images import ArrayDataset, ImageFileDataset, dataset_digest, read_image
 from engine.data.loader import create_loader, unpack_batches
 from engine.data.quiet import quiet_libraries
 from engine.data.splits import Splits, open_source
@@ -95,16 +97,71 @@ def test_damage_is_found_out(tmp_path, name, fast, monkeypatch):
 
 
 def test_what_is_no_file_is_unreadable(tmp_path):
-    (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "folder.jpg" / "a.jpg").write_bytes(JPEG)
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "folder.jpg" / "a.jpg")
     dataset = open_source(str(tmp_path)).train().dataset
     assert len(dataset) == 2 and dataset.read(0).shape == (3, 64, 64)
     os.mkfifo(tmp_path / "pipe.jpg")  # which would be waited for
     (tmp_path / "endless.jpg").symlink_to("/dev/zero")
-    for path in ("link.jpg", "gone.png", "folder.jpg", "pipe.jpg", "endless.jpg"):
-        with pytest.raises(UnreadableImage, match=r"No such file|no regular file"):
+    for path in ("folder.jpg", "pipe.jpg", "endless.jpg"):
+        with pytest.raises(UnreadableImage, match="no regular file"):
             ImageFileDataset(tmp_path, [path]).read(0)
+
+
+# What the machine fails at is no fault of the image.
+
+
+class Outage:
+    """Reads of a file that fail with each of the errors in turn."""
+
+    def __init__(self, monkeypatch, *errors):
+        self.errors, self.read = list(errors), images.read_file
+        monkeypatch.setattr(images, "read_file", self)
+        monkeypatch.setattr(images, "RETRY_SECONDS", (0.01, 0.01))
+
+    def __call__(self, path):
+        if self.errors:
+            raise self.errors.pop(0)
+        return self.read(path)
+
+
+FAILURES = [MemoryError()] + [
+    OSError(number, os.strerror(number))
+    for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT, errno.EACCES)
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+def test_a_failure_of_the_system_is_retried_then_ends_the_run(tmp_path, monkeypatch, failure):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    dataset = ImageFileDataset(tmp_path, ["a.jpg"])
+    digest = dataset_digest(dataset)
+    outage = Outage(monkeypatch, failure, failure)
+    assert dataset.read(0).shape == (3, 64, 64)
+    outage.errors = [failure, failure]
+    assert dataset_digest(dataset) == digest
+    outage.errors = [failure] * 100
+    for read in (lambda: dataset.read(0), lambda: read_image(tmp_path / "a.jpg")):
+        with pytest.raises(UserError, match=r"can't read .*a\.jpg: .*--resume auto") as error:
+            read()
+        assert error.value.exit_code == 1 and error.value.rank_local
+
+
+def test_a_missing_file_is_a_failure_of_the_system(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "RETRY_SECONDS", ())
+    with pytest.raises(UserError, match=r"can't read .*gone\.jpg: No such file"):
+        ImageFileDataset(tmp_path, ["gone.jpg"]).read(0)
+
+
+def test_after_an_outage_the_run_goes_on(refusal, succeed, few_digits, tmp_path, monkeypatch):
+    argv = ("main_moco.py", few_digits, *SMALL["main_moco.py"], "--output-dir", tmp_path / "run")
+    outage = Outage(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(outage, "read", lambda path: os.stat("/no/share"))
+        assert "--resume auto continues" in refusal(*argv, code=1)
+    assert not (tmp_path / "run" / "bad_images.txt").exists()
+    succeed(*argv, "--resume", "auto")
 
 
 def test_names_and_reasons_fit_on_a_line():
@@ -159,10 +216,11 @@ def test_a_replacement_depends_on_seed_epoch_and_index_alone(name):
     def load(keys, workers, broken=broken):
         batches = [keys[i : i + 5] for i in range(0, len(keys), 5)]
         dataset = DATASETS[name](numbered(20, broken))
-        unreadable = UnreadableImages(1, 20)
-        loader = unpack_batches(create_loader(dataset, batches, workers, CPU), unreadable)
+        unreadable = UnreadableImages(1)
+        loader = create_loader(dataset, batches, workers, CPU)
+        loader = unpack_batches(loader, unreadable, range(20))
         first, second = zip(*((a.clone(), b) for a, b in loader))
-        unreadable.sync()
+        unreadable.sync(range(20))
         dim = 1 if name == "TwoCrops" else 0
         return torch.cat(first, dim).transpose(0, dim), torch.cat(second, dim), unreadable.all
 
@@ -189,9 +247,9 @@ def test_where_nothing_can_be_read_one_line_says_so():
     dataset = TwoCrops(numbered(20, range(20)), (8, 8), 0.2, 0)
     batch = dataset.__getitems__([(0, 7)])
     assert len(batch[1]) > 10
-    for found in (UnreadableImages(1, 20), None):
+    for found in (UnreadableImages(1), None):
         with pytest.raises(UserError, match=r"unreadable images in a row.* 7.jpg: broken") as error:
-            next(unpack_batches([batch], found))
+            next(unpack_batches([batch], found, dataset))
         assert error.value.exit_code == 1 and error.value.rank_local
     with pytest.raises(UserError, match=r"7.jpg: broken"):
         next(unpack_batches(create_loader(dataset, [[(0, 7)]], 1, CPU)))
@@ -223,7 +281,7 @@ def test_center_crops_of_what_can_be_read():
 
 def test_knn_searches_what_can_be_read_and_counts_every_image():
     def measure(train, val):
-        unreadable = UnreadableImages(1, 1000)
+        unreadable = UnreadableImages(1)
         splits = Splits(train, val, [str(i) for i in range(200)])
         knn = KNN(splits, (8, 8), 1000, 0, ENV)
         [accuracy] = knn(ColorEncoder(), unreadable, [1])
@@ -239,6 +297,8 @@ def test_knn_searches_what_can_be_read_and_counts_every_image():
     assert measure(numbered(200), numbered(200, broken))[0] == 100 - len(broken) / 2
     with pytest.raises(UserError, match="kNN has no image to search"):
         measure(numbered(200, range(200)), val)
+    with pytest.raises(UserError, match="none of the 200 images to validate could be read"):
+        measure(val, numbered(200, range(200)))
 
 
 def test_an_image_that_cannot_be_read_is_not_recognised():
@@ -250,10 +310,16 @@ def test_an_image_that_cannot_be_read_is_not_recognised():
         return [-(images.mean((1, 2, 3))[:, None] - known).abs()]
 
     dataset.labels = dataset.labels % 256
-    unreadable = UnreadableImages(1, 600)
+    unreadable = UnreadableImages(1)
     config = BackboneConfig("vit_nano", img_size=(8, 8))
     [(acc1, _)] = accuracy(classify, 1, dataset, config, 0, ENV, unreadable)
     assert acc1 == pytest.approx(100 * (600 - 256) / 600) and len(unreadable.all) == 256
+    nothing = numbered(600, range(600))
+    with pytest.raises(
+        UserError, match="none of the 600 images to validate could be read"
+    ) as error:
+        accuracy(classify, 1, nothing, config, 0, ENV, UnreadableImages(1))
+    assert error.value.exit_code == 1
 
 
 # The list and the limit.
@@ -261,34 +327,41 @@ def test_an_image_that_cannot_be_read_is_not_recognised():
 
 def test_the_list_has_each_once_and_a_resumed_run_goes_on(tmp_path):
     printed = []
-    unreadable = UnreadableImages(0.01, 300, tmp_path, print_fn=printed.append)
+    unreadable = UnreadableImages(0.01, tmp_path, print_fn=printed.append)
     for new in ({"a.jpg": "empty"}, {"a.jpg": "empty"}, {}, {"b.jpg": "cut", "a.jpg": "empty"}):
-        assert list(unpack_batches([("data", new)], unreadable)) == ["data"]
-        unreadable.sync()
+        assert list(unpack_batches([("data", new)], unreadable, range(300))) == ["data"]
+        unreadable.sync(range(300))
     path = tmp_path / "bad_images.txt"
     assert path.read_text() == "a.jpg\tempty\nb.jpg\tcut\n"
     assert len(printed) == 1 and "a.jpg: empty" in printed[0]
     assert str(unreadable) == f"2 unreadable images skipped: {path}"
 
-    resumed = UnreadableImages(0.01, 300, tmp_path, resumed=True)
-    resumed.add({"b.jpg": "cut", "c.jpg": "text"})
-    resumed.sync()
+    train, val = range(300), range(100)
+    resumed = UnreadableImages(0.01, tmp_path, resumed=True)
+    resumed.add({"b.jpg": "cut", "c.jpg": "text"}, train)
+    resumed.sync(train)
     assert path.read_text() == "a.jpg\tempty\nb.jpg\tcut\nc.jpg\ttext\n"
-    resumed.add({"d.jpg": "text"})
-    with pytest.raises(UserError, match=r"4 unreadable images.*0\.01 allows 3 of 300.*a\.jpg") as e:
-        resumed.sync()
+    resumed.add({"d.jpg": "text"}, train)  # the third that this process has found
+    resumed.add({"1.jpg": "text"}, val)
+    for dataset in (train, val):
+        resumed.sync(dataset)
+    assert (resumed.count(train), resumed.remark(val)) == (
+        3,
+        " (1 unreadable image counted as wrong)",
+    )
+    resumed.add({"2.jpg": "cut"}, val)
+    with pytest.raises(UserError, match=r"2 unreadable images.*0\.01 allows 1 of 100: 1\.jpg") as e:
+        resumed.sync(val)
     assert e.value.exit_code == 1 and str(path) in str(e.value) and not e.value.rank_local
-    assert "d.jpg" in path.read_text()
+    assert "2.jpg" in path.read_text()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_a_decoder_prints_is_dropped(tmp_path, capfd, workers):
     (tmp_path / "a.jpg").write_bytes(JPEG[:-2] + bytes(50) + JPEG[-2:])
     crops = TwoCrops(ImageFileDataset(tmp_path, ["a.jpg"]), (8, 8), 0.2, 0)
-    unreadable = UnreadableImages(0, 1)
     loader = create_loader(crops, [[(0, 0)], [(1, 0)]], workers, CPU)
-    assert len(list(unpack_batches(loader, unreadable))) == 2
-    unreadable.sync()
+    assert len(list(unpack_batches(loader))) == 2
     assert capfd.readouterr() == ("", "")
 
 
@@ -296,12 +369,12 @@ def test_what_a_decoder_prints_is_dropped(tmp_path, capfd, workers):
     "fraction, num_images, allowed", [(0.29, 100, 29), (0.001, 999, 0), (0.001, 1000, 1), (1, 7, 7)]
 )
 def test_the_fraction_is_allowed_and_no_more(fraction, num_images, allowed):
-    unreadable = UnreadableImages(fraction, num_images)
-    unreadable.add({f"{i}.jpg": "" for i in range(allowed)})
-    unreadable.sync()
-    unreadable.add({"one more.jpg": ""})
+    unreadable = UnreadableImages(fraction)
+    unreadable.add({f"{i}.jpg": "" for i in range(allowed)}, range(num_images))
+    unreadable.sync(range(num_images))
+    unreadable.add({"one more.jpg": ""}, range(num_images))
     with pytest.raises(UserError, match=f"allows {allowed} of"):
-        unreadable.sync()
+        unreadable.sync(range(num_images))
 
 
 # The scripts.
@@ -369,13 +442,13 @@ def test_ranks_share_what_each_has_found(tmp_path, monkeypatch):
         monkeypatch.setattr(engine.data.unreadable, "is_main", lambda is_main=is_main: is_main)
         folder = tmp_path / str(is_main)
         folder.mkdir()
-        unreadable = UnreadableImages(0.01, 200, folder)
-        unreadable.add({"a.jpg": "empty"})
-        unreadable.sync()
+        unreadable = UnreadableImages(0.01, folder)
+        unreadable.add({"a.jpg": "empty"}, range(200))
+        unreadable.sync(range(200))
         assert unreadable.all == {"a.jpg": "empty", "b.jpg": "cut"}
-        unreadable.add({"d.jpg": "text"})
+        unreadable.add({"d.jpg": "text"}, range(200))
         with pytest.raises(UserError, match="3 unreadable images"):
-            unreadable.sync()
+            unreadable.sync(range(200))
         assert (folder / "bad_images.txt").exists() == is_main
     assert len((tmp_path / "True" / "bad_images.txt").read_text().splitlines()) == 3
 
@@ -392,7 +465,9 @@ def test_two_processes_find_what_one_finds(damaged, tmp_path):
     assert "--max-bad-images 0 allows 0 of 120" in run.stderr
 
 
-def test_measuring_alone_tells_each_on_stderr(script, succeed, damaged, pretrained, tmp_path):
+def test_measuring_alone_tells_each_on_stderr(
+    script, succeed, refusal, damaged, pretrained, tmp_path
+):
     (tmp_path / "val" / "a").mkdir(parents=True)
     (tmp_path / "train").symlink_to(damaged / "train")
     for i in range(4):
@@ -402,7 +477,7 @@ def test_measuring_alone_tells_each_on_stderr(script, succeed, damaged, pretrain
     (tmp_path / "val" / "a" / "000.jpg").write_bytes(b"no image")
     argv = ("main_lincls.py", tmp_path, *argv)
     code, out, err = script(*argv, tmp_path / "run" / "linear_lr0.1.pth", "--evaluate")
-    assert code == 0 and "on 4 images" in out
+    assert code == 0 and "on 4 images (1 unreadable image counted as wrong)" in out
     assert err.count("\n") == 1 and "unreadable image" in err and "000.jpg" in err
     top1 = float(re.search(r"top-1 ([\d.]+) %", out)[1])
     assert top1 in (0, 25, 50, 75)
@@ -411,3 +486,11 @@ def test_measuring_alone_tells_each_on_stderr(script, succeed, damaged, pretrain
     assert code == 0 and err.count("unreadable image ") == 13
     code, _, err = script(*argv, pretrained, "--knn", "--epochs", 0, "--max-bad-images", 0)
     assert code == 1 and "12 unreadable images, --max-bad-images 0 allows 0 of 120" in err
+
+    for path in (tmp_path / "val" / "a").iterdir():
+        path.write_bytes(b"no image")
+    argv = (*argv, pretrained, "--epochs", 1, "--max-bad-images", 0.2)
+    err = refusal(*argv, "--output-dir", tmp_path / "blind", code=1)
+    assert "4 unreadable images, --max-bad-images 0.2 allows 0 of 4" in err
+    code, _, err = script(*argv, "--max-bad-images", 1, "--output-dir", tmp_path / "blinder")
+    assert code == 1 and "none of the 4 images to validate could be read" in err
