@@ -1,5 +1,6 @@
 """torch.compile for backbones, with few graphs and none after the first step."""
 
+import functools
 import warnings
 
 from torch._dynamo import lookup_backend
@@ -29,6 +30,10 @@ def inductor_or_eager(graph, inputs):
     try:
         return lookup_backend("inductor")(graph, inputs)
     except Exception as error:  # no C++ compiler, a GPU too old for Triton, an error of Inductor
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        warnings.warn(f"torch.compile failed, training goes on without it: {reason}", stacklevel=1)
+        warn_of_failure(str(error).strip().split("\n")[0] or type(error).__name__)
         return graph
+
+
+@functools.cache  # once, not for each graph
+def warn_of_failure(reason):
+    warnings.warn(f"torch.compile failed, training goes on without it: {reason}", stacklevel=1)
