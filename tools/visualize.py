@@ -233,7 +233,7 @@ def class_attention(model, images):
 
 
 def draw_attention(images, maps, captions, pixel_format=RGB):
-    """images [n, C, H, W], maps [n, heads, rows, columns], n captions → Figure."""
+    """images [n, C, H, W], maps [n, heads, rows, columns], n captions → Figure, of one scale."""
     height, width = images.shape[-2:]
     figure, axes = create_grid(len(images), 1 + maps.shape[1], height / width)
     axes[0, 0].set_title("input", fontsize=10)
@@ -249,12 +249,15 @@ def draw_attention(images, maps, captions, pixel_format=RGB):
                 weights.numpy(),
                 cmap="inferno",
                 vmin=0,
+                vmax=maps.max(),
                 alpha=0.75,
                 extent=(-0.5, width - 0.5, height - 0.5, -0.5),
                 interpolation="nearest",
             )
             set_caption(cell, f"max {weights.max():.2f}")
-    figure.supxlabel("bright: where the class token looks, from 0 to the cell's max", fontsize=8)
+    uniform = 1 / maps[0, 0].numel()
+    text = f"bright: where the class token looks, from 0 to {maps.max():.2f}; evenly: {uniform:.3f}"
+    figure.supxlabel(text, fontsize=8)
     return figure
 
 
@@ -359,7 +362,8 @@ def neighbours(args):
         similarity[chosen[:, None] == searched] = -torch.inf
     if k == 0:
         raise UserError(f"{args.data}: a single image has no neighbours")
-    similarity, nearest = similarity.topk(k)  # [n, k]
+    nearest = similarity.topk(k).indices  # [n, k]
+    similarity = centered_cosine(query_features, bank_features, nearest)
     nearest = searched[nearest]
 
     _, found = read_images(bank, nearest.flatten(), config, args, env)
@@ -376,6 +380,16 @@ def neighbours(args):
         dataset.pixel_format,
     )
     save_figure(figure, args.out)
+
+
+def centered_cosine(queries, bank, nearest):
+    """Cosines [n, k] of queries [n, d] and bank[nearest], without the mean of the bank [b, d].
+
+    The features of one data set often share a direction: with it all cosines are near 1.
+    """
+    mean = bank.mean(0)
+    queries, bank = l2_normalize(queries - mean), l2_normalize(bank - mean)
+    return torch.einsum("nd,nkd->nk", queries, bank[nearest.to(bank.device)]).cpu()
 
 
 def choose_parts(source):
@@ -402,13 +416,13 @@ def draw_neighbours(
     k = found.shape[1]
     figure, axes = create_grid(len(queries), 1 + k, height / width, caption_lines=2)
     axes[0, 0].set_title("query", fontsize=10)
-    axes[0, 1].set_title("nearest (cosine)", fontsize=10, loc="left").set_in_layout(False)
+    axes[0, 1].set_title("nearest (cosine, centered)", fontsize=10, loc="left").set_in_layout(False)
     for i, row in enumerate(axes):
         show_image(row[0], queries[i], pixel_format)
         set_caption(row[0], query_captions[i])
         for j, cell in enumerate(row[1:]):
             show_image(cell, found[i, j], pixel_format)
-            set_caption(cell, f"{found_captions[k * i + j]}\n{similarity[i, j]:.4f}")
+            set_caption(cell, f"{found_captions[k * i + j]}\n{similarity[i, j]:.2f}")
             if same_class is not None:
                 color, style = (SAME_CLASS, "-") if same_class[i, j] else (OTHER_CLASS, ":")
                 for spine in cell.spines.values():
