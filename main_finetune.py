@@ -71,7 +71,7 @@ def parse_args(argv=None):
     add("--mixup", "alpha of mixup; 0: off", type=number, default=0.8)
     add("--cutmix", "alpha of cutmix; 0: off", type=number, default=1.0)
     add("--smoothing", "label smoothing", type=below_1, default=0.1)
-    views = "repeated augmentation: views of an image per epoch, of 1/N of the images"
+    views = "repeated augmentation: each epoch shows 1/N of the images, N times"
     add("--repeated-aug", views, type=flags.positive_int, default=1)
     add("--ema", "decay of a moving average of the weights, which is kept too", type=below_1)
     evaluate_ema = "measure the moving average in place of the weights"

@@ -40,7 +40,7 @@ from moco import (
 )
 from moco.compilation import is_compiled
 from moco.gradients import GradientMonitor
-from vits import POOLING
+from vits import POOLING, VITS
 
 
 def parse_args(argv=None):
@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--stop-grad-conv1", "keep a ViT's patch projection at its random values", **switch)
     poses, pools = ("sincos", "learned", "none"), tuple(POOLING)
     add("--pos-embed", "position embedding of a ViT", choices=poses, default="sincos")
-    pool = "a ViT's features: class token, or average without it, with or without LayerNorm"
+    pool = "a ViT's features: class token, or average of a ViT without one, after LayerNorm or not"
     add("--pool", pool, choices=pools, default="token")
     add("--moco-dim", "width of q and k", type=flags.width, default=256)
     heads = "hidden width of projector and predictor"
@@ -66,22 +66,27 @@ def parse_args(argv=None):
     optimizer = "LARS for ResNets, AdamW for ViTs, SGD for small ResNets"
     add("--optimizer", optimizer, choices=("lars", "adamw", "sgd"), default="lars")
     number = flags.non_negative_float
-    add("--lr", "base learning rate, scaled by batch/256", type=number, default=0.6)
-    add("--wd --weight-decay", "weight decay", type=number, default=1e-6)
+    add(
+        "--lr",
+        "base learning rate, scaled by batch/256; the paper's ViTs: 1.5e-4",
+        type=number,
+        default=0.6,
+    )
+    add("--wd --weight-decay", "weight decay; the paper's ViTs: 0.1", type=number, default=1e-6)
     add("--warmup-epochs", "epochs of linear warm-up from 0", type=number, default=10)
     add("--clip-grad", "largest gradient norm (default: no limit)", type=flags.positive_float)
     m = "momentum coefficient of the momentum encoder"
     add("--moco-m", m, type=flags.fraction, default=0.99)
     add("--moco-m-cos", "raise m from --moco-m to 1 by half a cosine", **switch)
-    temperature = "temperature of the contrastive loss"
+    temperature = "temperature of the contrastive loss; the paper's ViTs: 0.2"
     add("--moco-t", temperature, type=flags.positive_float, default=1.0)
 
     flags.add_augmentation_flags(parser)
 
     add = parser.group("evaluation", may_change=True)
     count = flags.non_negative_int
-    add("--knn-every", "epochs between kNN and RankMe; 0: never", type=count, default=10)
-    add("--knn-data", "labelled images for kNN alone, in any form of DIR", metavar="DIR")
+    add("--knn-every", "measure kNN and RankMe every N epochs; 0: never", type=count, default=10)
+    add("--knn-data", "labelled set to measure kNN on, in place of DIR", metavar="DIR")
     bank = "training images that kNN searches"
     add("--knn-bank", bank, type=flags.positive_int, default=50_000)
 
@@ -90,7 +95,7 @@ def parse_args(argv=None):
     add("--save-every", save, type=count, default=0)
 
     add = flags.add_hardware_flags(parser)
-    chunk = "views that pass the backbone at a time: less memory, the same gradient; 0: all"
+    chunk = "images of a view per pass of the backbone: less memory, same gradient; 0: all"
     add("--encode-chunk", chunk, type=count, default=0)
     flags.add_compile_flag(add)
     args = parser.parse_args(argv)
@@ -274,6 +279,11 @@ def print_config(args, run, model, source, train, knn_splits, why_no_knn):
     if args.in_chans != 3:
         lines["views"] = "without saturation, hue and grayscale, which need RGB"
     run.print_config(**lines)
+    if args.arch in VITS and args.optimizer == "lars":
+        run.print(
+            "warning: the paper trains ViTs by other flags than the default ones, which are for "
+            "ResNets: @recipes/vit_small_300.txt has them"
+        )
 
 
 def plot_first_views(run, crop_dataset, num_images=10):

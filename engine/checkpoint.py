@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from engine.errors import UserError, first_line, is_of_machine, join_some, machine_reason
+from engine.errors import UserError, cant_read, first_line, is_machine_failure, join_some
 from engine.files import atomic_write, exists, open_regular
 
 NAMES = LAST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
@@ -35,13 +35,6 @@ class DamagedCheckpoint(UserError):
     """A checkpoint whose content is not what it should be."""
 
 
-class CantRead(UserError):
-    """The machine failed while a file was read or used; its content may be good."""
-
-    def __init__(self, path, error):
-        super().__init__(f"can't read {path}: {machine_reason(error)}", 1, rank_local=True)
-
-
 def save(folder, state, keep_as=None, name=LAST, keep_previous=False):
     """Writes folder/name; keep_as: a second name for the same checkpoint.
 
@@ -59,7 +52,10 @@ def save(folder, state, keep_as=None, name=LAST, keep_previous=False):
             if keep_previous and exists(path):
                 _link(path, Path(folder, PREVIOUS))
     except RuntimeError as error:  # torch's own for a failed write
-        raise OSError(first_line(error)) from None
+        reason = first_line(error)
+        if "unexpected pos" in reason:  # the writer's word for a file that stopped growing
+            reason = "the disk took only a part of the file"
+        raise OSError(reason) from None
 
 
 def _link(path, second_name):
@@ -106,8 +102,8 @@ def read(path):
     except Exception as error:  # anything, for a damaged or foreign file
         # zipfile takes a failure of the disk for damage.
         failure = error if file is None else file.raw.failure or error
-        if is_of_machine(failure):
-            raise CantRead(path, failure) from None
+        if is_machine_failure(failure):
+            raise cant_read(path, failure) from None
         reason = _why_unreadable(path)
         raise DamagedCheckpoint(f"{path} can't be read as a checkpoint: {reason}") from None
     if isinstance(content, dict) and isinstance(content.get("args"), argparse.Namespace):

@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from engine.errors import OUT_OF_GPU_MEMORY, UserError, first_line, print_line
+from engine.errors import OUT_OF_GPU_MEMORY, UserError, first_line, is_out_of_memory, print_line
 from engine.launch import destroy_process_group, is_first_to_print
 from engine.signals import Interrupted
 from moco.distributed import world_size
@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
             elif isinstance(extra[0], RecipeWord):
                 extra = []
         if extra and isinstance(extra[0], RecipeWord) and not extra[0].startswith("-"):
-            self.error("a recipe holds words that are no flags: is it a recipe?")  # not shown
+            self.error("a recipe holds words that are no flags: is it a recipe?")  # perhaps secret
         if extra:
             self.error(f"unrecognized arguments: {' '.join(extra)}")
         for name, value in vars(args).items():
@@ -156,14 +156,17 @@ def prepare_streams():
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: another file would get its number
             setattr(sys, name, open(os.devnull, "w"))
-        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's have it not
+        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's streams lack it
             getattr(sys, name).reconfigure(errors="backslashreplace")
     if "IPython" not in sys.modules:
         os.environ.pop("MPLBACKEND", None)  # a notebook's, which `!python` inherits
 
 
 def drop_unwritable_streams():
-    """Python would flush them once more, fail, and exit with another code."""
+    """Sends stdout and stderr nowhere if they can't be flushed.
+
+    Python's own flush at exit would fail, and change the exit code.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -196,7 +199,7 @@ def explain(error, args=None):
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or any(w in text for w in OUT_OF_GPU_MEMORY):
         return out_of_gpu_memory(args)
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+    if is_out_of_memory(error):
         return "out of memory: a smaller --batch-size, or fewer --workers"
     if "DataLoader worker" in text:
         return (

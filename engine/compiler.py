@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,14 +31,12 @@ def private_cache():
     What it holds is unpickled, and torch's default lies in the shared temporary directory.
     """
     folder = Path(torch.hub.get_dir()).parent / "inductor"  # beside torch.hub's, in ~/.cache/torch
-    try:
+    with suppress(OSError):  # no home, as in some containers, or a read-only one
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         is_private = status.st_uid == os.getuid() and not status.st_mode & 0o022
         if is_private and os.access(folder, os.W_OK):
             return folder
-    except OSError:  # no home, as in some containers, or a read-only one
-        pass
     folder = Path(tempfile.mkdtemp(prefix="inductor_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

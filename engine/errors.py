@@ -18,19 +18,29 @@ class UserError(ValueError):
 
 # Words in a RuntimeError of torch, of CUDA and of its libraries.
 OUT_OF_GPU_MEMORY = ("CUDA error: out of memory", "CUDA out of memory", "ALLOC_FAILED")
-MACHINE_FAILURES = (*OUT_OF_GPU_MEMORY, "DefaultCPUAllocator", "CUDA error")
+GPU_FAILURES = (*OUT_OF_GPU_MEMORY, "CUDA error")
 
 
-def is_of_machine(error):
-    """Whether memory, a disk or a GPU failed, whatever a file holds: it says nothing of a file."""
-    if isinstance(error, OSError):  # EINVAL: of a position that a damaged file states
+def is_machine_failure(error):
+    """Whether memory, a disk or a GPU failed: then the content of a file is not to blame."""
+    if isinstance(error, OSError):  # EINVAL: a damaged file states a wrong position
         return error.errno not in (None, errno.EINVAL)
-    return isinstance(error, MemoryError) or any(w in str(error) for w in MACHINE_FAILURES)
+    return is_out_of_memory(error) or any(w in str(error) for w in GPU_FAILURES)
 
 
-def machine_reason(error):
+def is_out_of_memory(error):
+    """Whether the memory of the host is used up."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def cant_read(path, error, hint=""):
+    """The UserError for a machine that failed while the file was read; its content may be good."""
+    return UserError(f"can't read {path}: {failure_reason(error)}{hint}", 1, rank_local=True)
+
+
+def failure_reason(error):
     """What failed, in words."""
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+    if is_out_of_memory(error):
         return "out of memory"
     return getattr(error, "strerror", None) or first_line(error)
 

@@ -68,52 +68,33 @@ def atomic_write(path, mode="wb"):
         raise
 
 
-class FolderLock:
-    """A folder that is made, if it is missing, and locked until close().
+def lock_folder(folder):
+    """Makes the folder, if it is missing, and locks it until the file that this returns is closed.
 
     The lock is POSIX's: it dies with its process, even after kill -9, is not inherited by workers,
     and holds between hosts on NFS. UserError if another process has it.
     """
-
-    def __init__(self, folder):
-        self.folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.inode = self._inode()
-            # Not through a link, and without truncating what it may be.
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            self.file = open(os.open(folder / "run.lock", flags, 0o666), "r+")
-        except OSError as error:
-            name = error.filename or folder
-            raise UserError(f"can't write to --output-dir: {error.strerror}: {name}") from None
-        status = os.fstat(self.file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            raise UserError(f"{folder}/run.lock is no file of a run: remove it")
-        self._lock()
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {platform.node()}\n")
-        self.file.flush()
-
-    def _lock(self):
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            owner = self.file.read().strip()
-            raise UserError(
-                f"another run is using {self.folder} ({owner}): --output-dir starts one elsewhere"
-            ) from None
-        except OSError as error:
-            text = f"{self.folder} can't be locked ({error}): start no second run in it"
-            print_line(text, sys.stderr)
-
-    def _inode(self):
-        status = os.stat(self.folder)
-        return status.st_dev, status.st_ino
-
-    def check(self):
-        """OSError if the folder's name leads to another folder by now."""
-        if self._inode() != self.inode:
-            raise OSError("another folder has its name now")
-
-    def close(self):
-        self.file.close()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not through a link, and without truncating what it may be.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        file = open(os.open(folder / "run.lock", flags, 0o666), "r+")
+    except OSError as error:
+        name = error.filename or folder
+        raise UserError(f"can't write to --output-dir: {error.strerror}: {name}") from None
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        raise UserError(f"{folder}/run.lock is no file of a run: remove it")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        owner = file.read().strip()
+        raise UserError(
+            f"another run is using {folder} ({owner}): --output-dir starts one elsewhere"
+        ) from None
+    except OSError as error:
+        print_line(f"{folder} can't be locked ({error}): start no second run in it", sys.stderr)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file

@@ -4,7 +4,6 @@ import copy
 import re
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moco.distributed import is_main, world_size
@@ -52,9 +51,7 @@ def forward_flops(backbone, img_size, in_chans=3):
     Those of matrix products and convolutions, counted on tensors without data. None for a backbone
     that can't run on such tensors.
     """
-    memo = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in backbone.parameters()}
-    memo |= {id(buffer): buffer.to("meta") for buffer in backbone.buffers()}
-    backbone = copy.deepcopy(backbone, memo).eval()
+    backbone = copy.deepcopy(backbone).to("meta").eval()
     for module in backbone.modules():
         if hasattr(module, "fused_attn"):  # timm's; fused attention is not counted on all devices
             module.fused_attn = False

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from engine.errors import first_line, print_line, printable
+from engine.errors import failure_reason, print_line
 from engine.files import atomic_write, exists
 from engine.launch import all_reduce_max, all_reduce_mean
 from moco.distributed import is_main
@@ -41,7 +41,7 @@ class MetricLogger:
         self.latest = {}  # the last training line
         self.epoch_sums = Counter()  # over the steps of the epoch that have a line
         self.last_eval = ""  # of the last evaluation, for the bar and the line of an epoch
-        self.first_line = None  # when the first training line was written, after how many steps
+        self.timed_from = None  # time and step of the first training line
         self.file = self.writer = self.bar = None
         self.unwritten = b""
         self.start_timer()
@@ -86,8 +86,8 @@ class MetricLogger:
             yield
         except OSError as error:
             self.writer = None
-            reason = error.strerror or first_line(error)
-            print_line(f"TensorBoard's file ends here: {reason}; training continues", sys.stderr)
+            text = f"TensorBoard's file ends here: {failure_reason(error)}; training continues"
+            print_line(text, sys.stderr)
 
     def close(self):
         if self.bar is not None:
@@ -105,8 +105,8 @@ class MetricLogger:
     def print(self, text):
         """A line of text, above the bar if there is one."""
         if self.bar is not None:
-            with suppress(OSError):  # the terminal was closed
-                self.bar.write(printable(str(text)))
+            with self.bar.external_write_mode():  # clears the bar, and draws it again
+                print_line(text)
         elif is_main():
             print_line(text)
 
@@ -153,11 +153,11 @@ class MetricLogger:
             self.latest["mfu"] = images / seconds / self.peak_images_per_s
         if peak_bytes > 0:  # of the run so far, its evaluations included
             self.latest["peak_gib"] = peak_bytes / 2**30
-        if self.first_line is not None:
+        if self.timed_from is not None:
             self.latest["seconds_left"] = self._seconds_left()
         self._write_line(self.latest)
         self.start_timer()
-        self.first_line = self.first_line or (time.perf_counter(), self.step)
+        self.timed_from = self.timed_from or (time.perf_counter(), self.step)
         self._update_bar()
 
     def _seconds_left(self):
@@ -165,7 +165,7 @@ class MetricLogger:
 
         Those before it were slower: the workers started, and the model was compiled.
         """
-        since, step = self.first_line
+        since, step = self.timed_from
         steps_left = self.epochs * self.steps_per_epoch - self.step
         return (time.perf_counter() - since) / (self.step - step) * steps_left
 

@@ -21,11 +21,11 @@ from engine.data.decode import JPEG_DECODER
 from engine.data.images import dataset_digest
 from engine.data.loader import stop_workers, unpack_batches
 from engine.data.unreadable import UnreadableImages
-from engine.errors import UserError, first_line, is_of_machine, join_some, print_line
-from engine.files import FolderLock, atomic_write, exists
+from engine.errors import UserError, first_line, is_machine_failure, join_some, print_line
+from engine.files import atomic_write, exists, lock_folder
 from engine.launch import all_reduce_max, check_same_on_all_ranks, on_rank0, print_rank0
 from engine.log import MetricLogger
-from engine.signals import Interrupted, catch_signals, drop_closed_streams, pending_exit_code
+from engine.signals import Interrupted, catch_signals, pending_exit_code
 from engine.spikes import SpikeDetector
 from engine.weights import load_model, num_heads, weights_digest
 from moco.distributed import is_main, world_size
@@ -193,7 +193,7 @@ class Run:
             self.epoch = int(checkpoint["epoch"])
             self.step = self._convert_step(path, checkpoint)
         except Exception as error:  # of missing, mistyped or mis-shaped entries
-            if isinstance(error, UserError) or is_of_machine(error):
+            if isinstance(error, UserError) or is_machine_failure(error):
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise DamagedCheckpoint(f"{path} can't be resumed: {reason}") from None
@@ -246,8 +246,8 @@ class Run:
         return self
 
     def _lock(self, stack):  # returns nothing: on_rank0 would broadcast it
-        self.lock = FolderLock(self.folder)
-        stack.callback(self.lock.close)
+        stack.enter_context(lock_folder(self.folder))
+        self.folder_stat = os.stat(self.folder)
 
     def print_config(self, **lines):
         """What this run is, on the terminal and in args.json; lines: about the script."""
@@ -258,12 +258,12 @@ class Run:
                 file.write(json.dumps(self.metadata, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"can't write to {self.folder}: {error.strerror}") from None
-        run = self.metadata
+        run, args = self.metadata, self.metadata["args"]
+        packages = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         lines |= {
             "device": f"{run['device']}, {run['world_size']} process(es), {run['precision']}",
-            "with": ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-            + f"; JPEGs decoded by {JPEG_DECODER}",
-            "args": " ".join(f"{n}={v}" for n, v in run["args"].items() if v != self.defaults[n]),
+            "with": f"{packages}; JPEGs decoded by {JPEG_DECODER}",
+            "args": " ".join(f"{n}={v}" for n, v in args.items() if v != self.defaults[n]),
             "folder": self.folder,
         }
         for name, text in lines.items():
@@ -276,7 +276,6 @@ class Run:
     def __exit__(self, kind, error, trace):
         with self.contexts:
             if kind is Interrupted:
-                drop_closed_streams()
                 self.save()
                 text = f"stopped: saved after step {self.step}; --resume auto continues"
                 if self.failed_saves:
@@ -398,9 +397,8 @@ class Run:
         """→ the number of failures in a row, of which there were `failures` before."""
         last = self.folder / LAST
         try:
-            self.lock.check()
             # A file that this run has not read may be damaged: it displaces no checkpoint.
-            checkpoints.save(self.folder, state, keep_as, keep_previous=self.newest == last)
+            self._save_file(state, keep_as=keep_as, keep_previous=self.newest == last)
             self.newest = last
             return 0
         except OSError as error:
@@ -416,13 +414,18 @@ class Run:
 
         def write():
             try:
-                self.lock.check()
-                checkpoints.save(self.folder, self._weights(model) | extra, name=name)
+                self._save_file(self._weights(model) | extra, name=name)
             except OSError as error:
                 text = f"can't save {self.folder / name}: {first_line(error)}"
                 raise UserError(f"{text}; --resume auto tries again", exit_code=1) from None
 
         on_rank0(write)
+
+    def _save_file(self, state, **options):
+        """checkpoint.save; OSError, too, if the folder's name leads to another folder by now."""
+        if not os.path.samestat(os.stat(self.folder), self.folder_stat):
+            raise OSError("another folder has its name now")
+        checkpoints.save(self.folder, state, **options)
 
     def _state(self):
         """The published layout, and beside it what exact resumption needs; plain types only."""

@@ -60,12 +60,3 @@ def catch_signals():
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def drop_closed_streams():
-    """Stdout and stderr go nowhere if their terminal is closed: writing to it would raise."""
-    for stream in (1, 2):
-        try:
-            os.write(stream, b"")
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

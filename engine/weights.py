@@ -19,12 +19,12 @@ from torch import nn
 
 from engine import checkpoint as checkpoints
 from engine.backbones import RESNETS, BackboneConfig, Classifier, choose_config, create_backbone
-from engine.checkpoint import CantRead, is_state_dict, without_module_prefix
+from engine.checkpoint import is_state_dict, without_module_prefix
 from engine.data.crops import CenterCrops
 from engine.data.decode import convert_pil_image
 from engine.data.images import read_image
 from engine.data.quiet import quiet_libraries
-from engine.errors import UserError, is_of_machine, join_some
+from engine.errors import UserError, cant_read, is_machine_failure, join_some
 from engine.files import exists, open_regular
 from engine.launch import print_rank0
 from moco.augmentation import normalize
@@ -147,7 +147,9 @@ def create_classifier(path, options, use_ema=None, interpolation="bilinear"):
     backbone, heads = weights.split(model.classifier_name, use_ema)
     weight, bias = f"{model.classifier_name}.weight", f"{model.classifier_name}.bias"
     if heads.keys() != {weight, bias}:
-        raise UserError(f"{path} has no classifier to evaluate: train one without --evaluate")
+        raise UserError(
+            f"{path} has no classifier: train one with main_lincls.py or main_finetune.py"
+        )
     classifier = Classifier(model.num_features, len(heads[weight]))
     model.set_submodule(model.classifier_name, classifier)
     _load_backbone(model, backbone | heads, weights.config, path)
@@ -171,7 +173,7 @@ def load_state_dict_strict(model, state, checkpoint, path):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        if is_of_machine(error):
+        if is_machine_failure(error):
             raise
         _, _, problems = str(error).partition("\n")
         raise UserError(
@@ -372,7 +374,7 @@ def _check_class_names(names, path):
     """UserError for names by which labels can't be told apart."""
     if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise UserError(
-            f"{path} states class names that are no different texts: {join_some(map(str, names))}"
+            f"{path} states class names that are not distinct texts: {join_some(map(str, names))}"
         )
 
 
@@ -408,8 +410,8 @@ def _read_timm(file):
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {file}") from None
     except Exception as error:  # whatever a damaged or foreign file provokes
-        if is_of_machine(error):
-            raise CantRead(file, error) from None
+        if is_machine_failure(error):
+            raise cant_read(file, error) from None
         raise UserError(f"{file} can't be read as timm's: {type(error).__name__}") from None
 
 

@@ -36,7 +36,7 @@ from engine.data.hub import HuggingFaceDataset
 from engine.data.images import ImageFileDataset, dataset_digest
 from engine.data.named import NAMED_SETS
 from engine.data.unreadable import UnreadableImages
-from engine.errors import UserError, first_line
+from engine.errors import UserError, failure_reason
 from engine.evaluation import EVAL_BATCH_SIZE, iterate_eval_batches
 from engine.files import atomic_write, exists
 from engine.launch import print_rank0
@@ -291,8 +291,8 @@ def save_part(folder, number, features):
 
 
 def cant_write(path, error):
-    reason = error.strerror or first_line(error)
-    return UserError(f"can't write {path}: {reason}; the same line again continues", exit_code=1)
+    text = f"can't write {path}: {failure_reason(error)}; the same line again continues"
+    return UserError(text, exit_code=1)
 
 
 def merge_parts(folder, num_parts, out, index_path, index):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from engine.data.decode import RGB, UnreadableImage, decode_image
-from engine.errors import UserError, first_line, is_of_machine, machine_reason, printable
+from engine.errors import UserError, cant_read, first_line, is_machine_failure, printable
 from moco.augmentation import luminance
 
 DIGEST_IMAGES = 64  # images whose content is part of a digest
@@ -61,14 +61,12 @@ class EncodedDataset:
 
     def read(self, i):
         """UnreadableImage for wrong content; UserError for a failure of the system that lasts."""
-        return _read(
-            lambda: decode_image(self.get_bytes(i), self.pixel_format), lambda: self.name(i)
-        )
+        return _read(lambda: decode_image(self.get_bytes(i), self.pixel_format), self.name(i))
 
     def raw_bytes(self, i):
         """What tells the image from others: its size and its first bytes; empty if unreadable."""
         try:
-            data = _read(lambda: self.get_bytes(i), lambda: self.name(i))
+            data = _read(lambda: self.get_bytes(i), self.name(i))
         except UnreadableImage:
             return b""
         return b"%d " % len(data) + data[:DIGEST_BYTES]
@@ -120,11 +118,11 @@ class PathList:
 
 def read_image(path, pixel_format=RGB):
     """An image file → uint8 [C, H, W], upright; UnreadableImage if it can't be read."""
-    return _read(lambda: decode_image(read_file(path), pixel_format), lambda: str(path))
+    return _read(lambda: decode_image(read_file(path), pixel_format), str(path))
 
 
 def _read(read, name):
-    """read(), of the image called name(), repeated while the system fails.
+    """read(), of the image called `name`, repeated while the system fails.
 
     A file that is missing or locked is a failure of the system, too: a share may be gone.
     """
@@ -134,16 +132,11 @@ def _read(read, name):
         except UserError:
             raise
         except Exception as error:  # PIL raises nearly anything on a broken file
-            if not is_of_machine(error):
-                raise UnreadableImage(name(), first_line(error)) from None
+            if not is_machine_failure(error):
+                raise UnreadableImage(name, first_line(error)) from None
             if seconds is None:
-                reason = machine_reason(error)
-                raise UserError(
-                    f"can't read {name()}: {reason}, for {sum(RETRY_SECONDS)} seconds; "
-                    "--resume auto continues",
-                    exit_code=1,
-                    rank_local=True,
-                ) from None
+                hint = f", for {sum(RETRY_SECONDS)} seconds; --resume auto continues"
+                raise cant_read(name, error, hint) from None
         time.sleep(seconds)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from engine.data import layout
 from engine.data.decode import EXTENSIONS
 from engine.errors import UserError, join_some
+from engine.files import exists
 
 # Compressed ones are listed to be refused by name.
 ARCHIVES = tuple(".tar .tar.gz .tgz .tar.bz2 .tbz2 .tar.xz .txz .tar.zst".split())
@@ -99,19 +100,10 @@ def scandir(folder, seen):
         for entry in os.scandir(folder):
             if layout.is_hidden(entry.name):
                 continue
-            is_dir = entry.is_dir()
-            if entry.is_symlink() and not is_dir and _is_broken(entry):
+            if entry.is_symlink() and not exists(entry.path):
                 num_broken += 1
             else:
-                entries.append((entry.name, is_dir))
+                entries.append((entry.name, entry.is_dir()))
     except OSError as error:
         raise UserError(f"can't list {folder}: {error.strerror}") from None
     return entries, num_broken
-
-
-def _is_broken(link):
-    try:
-        link.stat()
-    except FileNotFoundError:
-        return True
-    return False

@@ -62,8 +62,9 @@ class Source:
                 return self._read[name]
         kinds = "train" if "train" in names else "val"
         there = " and ".join(sorted(self._parts)).replace("all", "images in no split")
+        hint = ", or give --val DIR" if kinds == "val" else ""
         raise UserError(
-            f"{self.path} has no {kinds}, only {there} (docs/data.md has the forms of DIR)"
+            f"{self.path} has no {kinds}, only {there}: docs/data.md has the forms{hint}"
         )
 
 
@@ -144,14 +145,10 @@ def require_labels(part, name):
             f"{name} has no labels: class folders (two at least), a list, .cls files in archives, "
             "a ClassLabel of hf:NAME"
         )
-    _check_unique(part.class_names, name)
+    twice = [name for name, times in Counter(part.class_names).items() if times > 1]
+    if twice:
+        raise UserError(f"{name} has two classes called {twice[0]}: their labels would be merged")
     return part
-
-
-def _check_unique(class_names, name):
-    if len(set(class_names)) < len(class_names):
-        [(twice, _)] = Counter(class_names).most_common(1)
-        raise UserError(f"{name} has two classes called {twice}: their labels would be merged")
 
 
 def match_classes(part, class_names, name, path):
@@ -160,7 +157,6 @@ def match_classes(part, class_names, name, path):
     Classes are matched by name; the Part may lack some. A single folder of images is a class here
     if it is called like one. UserError, naming them, for classes that `path` doesn't know.
     """
-    _check_unique(class_names, path)
     index = {class_name: i for i, class_name in enumerate(class_names)}
     dataset = copy.copy(part.dataset)  # which may be another split's, too
     known_folders = [folder for folder in part.shared_folders if folder in index]

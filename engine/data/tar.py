@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.data.images import MAX_NAME, ImageFileDataset, Listing, check_file_size
 from engine.data.layout import is_hidden, shared_folders
-from engine.errors import UserError, first_line, is_of_machine
+from engine.errors import UserError, first_line, is_machine_failure
 
 COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 MAX_LABEL_BYTES = 2**16  # of a .cls or .json
@@ -125,7 +125,7 @@ def _index_archive(path, extensions, ignored, bar):
     except UserError:
         raise
     except Exception as error:  # tarfile raises nearly anything on a damaged header
-        if is_of_machine(error):
+        if is_machine_failure(error):
             raise
         raise UserError(f"{path} is not a whole .tar, copy it again: {first_line(error)}") from None
 
@@ -137,14 +137,11 @@ def _read_members(file, start, end, ignored):
     """
     file.seek(start)
     tar = tarfile.TarFile(fileobj=_Headers(file))
-    previous = -1
     for member in iter(tar.next, None):
         tar.members.clear()  # a kilobyte each
         name, offset, size = os.path.normpath(member.name), member.offset_data, member.size
-        # A size may be negative: its member would be followed by the one before, for ever.
-        if tar.offset <= previous or len(name) > MAX_NAME:
+        if len(name) > MAX_NAME:
             raise tarfile.ReadError("it is damaged")
-        previous = tar.offset
         if is_hidden(os.path.basename(name)) or member.isdir():
             continue
         if not member.isreg() or member.issparse():
@@ -165,13 +162,13 @@ def _read_members(file, start, end, ignored):
 
 
 class _Headers:
-    """A file of which tarfile reads headers, whose sizes may be anything."""
+    """A file of which tarfile reads headers, forwards; a damaged one may state any size."""
 
     def __init__(self, file):
         self.file, self.tell = file, file.tell
 
     def seek(self, offset):
-        if offset < 0:
+        if offset < self.tell():  # it would read the same headers for ever
             raise tarfile.ReadError("it is damaged")
         return self.file.seek(offset)
 

@@ -51,7 +51,7 @@ class UnreadableImages:
             listed = f"; all are listed in {self.path}" if self.path else ""
             raise UserError(
                 f"{_count(found)}, --max-bad-images {self.max_fraction:g} allows {num_allowed} of "
-                f"{len(dataset):,}: {examples}{listed}",
+                f"{len(dataset):,}: {examples}{listed}; remove them, or raise it",
                 exit_code=1,
             )
 
@@ -61,8 +61,8 @@ class UnreadableImages:
 
     def remark(self, dataset):
         """To append to an accuracy on `dataset`."""
-        count = _count(self._found.get(dataset, ()))
-        return f" ({count} counted as wrong)" if self.count(dataset) else ""
+        found = self._found.get(dataset)
+        return f" ({_count(found)} counted as wrong)" if found else ""
 
     def _report(self, new):
         if self.path is None:

@@ -193,7 +193,7 @@ def test_the_line_of_an_epoch_is_the_mean_over_its_steps(logger, tmp_path, capsy
     logger.print_epoch(1)
     train(logger, 11, 20)
     logger.print_epoch(2)
-    assert "loss 15.500 (chance 5.50)  top1 0.50" in capsys.readouterr().out
+    assert "epoch 2/2  loss 15.500 (chance 5.50)  " in capsys.readouterr().out
     resumed = create_logger(tmp_path)
     resumed.open(step=20)  # only the evaluation was left
     resumed.log_eval("kNN 40.0 %", knn=40.0)

@@ -14,7 +14,6 @@ import sys
 import termios
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -535,7 +534,6 @@ def test_a_run_from_before_a_flag_resumes_when_it_is_allowed(script, tmp_path):
 def check_saving_in_a_missing_folder(rank):
     run = object.__new__(Run)
     run.folder, run._weights = Path("/missing"), lambda model: {}
-    run.lock = SimpleNamespace(check=lambda: None)
     with pytest.raises(UserError, match="can't save /missing/linear"):
         run.save_model("linear.pth", model=None)
 

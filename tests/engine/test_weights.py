@@ -380,8 +380,8 @@ def test_import_of_engine_is_cheap():
     "change, words",
     [
         (dict(bias=torch.nan), "holds weights that are not finite, in "),
-        (dict(std=(0.0, 0.2, 0.2)), "states mean "),
-        (dict(class_names=["a", "a"]), "class names that are no different texts: a, a"),
+        (dict(std=(0.0, 0.2, 0.2)), "can't normalize: file.pth states it"),
+        (dict(class_names=["a", "a"]), "class names that are not distinct texts: a, a"),
     ],
 )
 def test_what_gives_wrong_numbers_is_refused(

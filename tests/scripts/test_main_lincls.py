@@ -182,7 +182,7 @@ BAD = {
     "wrong heads": ("digits --pretrained {six}", "trained with 6 heads, this model has 12"),
     "no arch": ("digits --pretrained {plain}", "states no architecture: name it"),
     "no backbone in it": ("digits --pretrained {probe}", "has a probe's classifiers alone"),
-    "nothing to evaluate": ("digits --pretrained {pre} --evaluate", "no classifier to evaluate"),
+    "nothing to evaluate": ("digits --pretrained {pre} --evaluate", "has no classifier: train one"),
     "other classes": (
         "digits --pretrained {linear} --evaluate --img-size 32",
         "has 7 classes, the images have 10",

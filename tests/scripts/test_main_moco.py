@@ -233,7 +233,7 @@ def test_fp16_that_skips_every_step_stops_the_run(succeed, refusal, tmp_path, mo
     monkeypatch.setattr(MoCo, "forward", scaled)
     argv = (*TINY, "--knn-every", 0, "--output-dir")
     factor = 1
-    assert "loss_scale 0.06" in succeed("main_moco.py", *argv, tmp_path / "healthy")
+    succeed("main_moco.py", *argv, tmp_path / "healthy")
     assert set(logged(tmp_path / "healthy", "loss_scale")) == {2.0**-4}
 
     factor = torch.inf

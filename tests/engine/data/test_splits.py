@@ -62,6 +62,13 @@ def test_classes_that_the_classifier_does_not_know_are_named():
     assert new.dataset.labels.tolist() == [1, 0]
 
 
+def test_two_classes_of_one_name_are_refused():
+    with pytest.raises(
+        UserError, match="DIR has two classes called a: their labels would be merged"
+    ):
+        match_classes(part("ab", ["a", "b", "a"]), ["a", "b"], "DIR", "probe.pth")
+
+
 def test_a_single_folder_is_a_class_that_is_called_like_it():
     given = part("..", shared_folders=("set", "cat"))
     assert match_classes(given, ["a", "cat"], "", "").dataset.labels.tolist() == [1, 1]
