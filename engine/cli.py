@@ -1,6 +1,7 @@
 """Command lines: recipes as flag files, errors in one line."""
 
 import argparse
+import difflib
 import os
 import re
 import shlex
@@ -80,7 +81,9 @@ class Parser(argparse.ArgumentParser):
         if extra and isinstance(extra[0], RecipeWord) and not extra[0].startswith("-"):
             self.error("a recipe holds words that are no flags: is it a recipe?")  # perhaps secret
         if extra:
-            self.error(f"unrecognized arguments: {' '.join(extra)}")
+            near = difflib.get_close_matches(extra[0], self._option_string_actions, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
         for name, value in vars(args).items():
             setattr(args, name, _plain(value))
             if value == "":  # an unset variable of the shell; it would pass for a missing flag

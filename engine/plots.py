@@ -83,7 +83,7 @@ def finish_panel(axes, panel, lines):
         # Plain text: the usual labels, 10 to a power, are markup, which may be switched off.
         axes.yaxis.set_major_formatter("{x:g}")
         low, high = axes.get_ylim()
-        axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 30 * low else "")
     if panel == "loss":
         for chance in {line["chance"] for line in lines if "chance" in line}:
             axes.set_title("loss, and its chance level (dashed)", fontsize=10)
