@@ -21,9 +21,12 @@ from moco.distributed import rank, world_size
 
 EVAL_BATCH_SIZE = 256  # images of one forward pass on one rank
 RANKME_IMAGES = 25_600  # as in its paper
-# Of a compiled backbone: other sizes of a batch, in eval mode, would be compiled anew.
-EAGER = torch.compiler.set_stance("force_eager")
 KNN_T = 0.07  # temperature of the votes (Wu et al. 2018, arXiv 1805.01978)
+
+
+def eagerly(function):
+    """Of a compiled backbone: other sizes of a batch, in eval mode, would be compiled anew."""
+    return torch.compiler.set_stance("force_eager")(function)
 
 
 def iterate_eval_batches(
@@ -55,7 +58,7 @@ def iterate_eval_batches(
 
 
 @torch.no_grad()
-@EAGER
+@eagerly
 def accuracy(classify, num_classifiers, dataset, config, workers, env, unreadable=None):
     """Accuracy of several classifiers in one pass over labelled images → [(acc1, acc5)], in %.
 
@@ -93,7 +96,7 @@ def format_accuracy(acc1, acc5, num_classes):
 
 
 @torch.no_grad()
-@EAGER
+@eagerly
 def encode_dataset(encoder, dataset, indices, img_size, workers, env, unreadable=None):
     """Features of the images `indices` on every rank → float32 [n, d], which were read [n].
 
@@ -137,7 +140,7 @@ class KNN:
         dataset = self.splits.train
         return encode_dataset(encoder, dataset, self.bank_indices, *self.settings, unreadable)
 
-    @EAGER
+    @eagerly
     def accuracy(self, encoder, bank, is_read, unreadable=None, k_values=None):
         """bank, is_read: as encode_bank returns them → accuracy in %, for each k."""
         labels = self.splits.train.labels[self.bank_indices].to(self.env.device)

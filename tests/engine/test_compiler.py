@@ -5,10 +5,13 @@ import stat
 
 import pytest
 import torch
-from conftest import FP32, PROBE, TINY, launch
+from conftest import ENV, FP32, PROBE, TINY, launch
+from torch._dynamo.utils import counters
 
 import vits
 from engine.compiler import private_cache, should_compile
+from engine.data.splits import load_splits, open_source
+from engine.evaluation import encode_dataset
 from engine.log import read_log
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -45,6 +48,20 @@ def test_a_cache_without_a_home_is_temporary(monkeypatch):
 def test_compile_without_training_is_refused(refusal, pretrained, name):
     message = refusal(name, "digits", "--pretrained", pretrained, "--evaluate", "--compile")
     assert "--compile is for training" in message
+
+
+def test_evaluation_compiles_nothing():
+    dataset = load_splits(open_source("digits")).val
+    vit = vits.vit_nano(img_size=16, patch_size=8, num_classes=0).eval()
+    expected, _ = encode_dataset(vit, dataset, torch.arange(9), (16, 16), 0, ENV)
+    torch._dynamo.reset()
+    counters.clear()
+    for block in vit.blocks:
+        block.compile(backend="aot_eager")
+    features, _ = encode_dataset(vit, dataset, torch.arange(9), (16, 16), 0, ENV)
+    assert torch.equal(features, expected) and counters["stats"]["unique_graphs"] == 0
+    vit(torch.zeros(2, 3, 16, 16))
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.slow
