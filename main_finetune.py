@@ -38,7 +38,6 @@ from moco.distributed import rank, world_size
 INTERPOLATION = "bicubic"  # of the crops and of the images that are measured
 
 MIN_STEPS = 100  # of a run whose accuracy means something
-
 MAX_INITIAL_WEIGHT = 0.1  # largest fraction of the final average that may be initial weights
 
 
