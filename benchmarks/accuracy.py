@@ -103,7 +103,7 @@ def main():
     add = parser.add_argument
     add("name", choices=("digits", "fashion_mnist"))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--labels", type=int, nargs="+", default=[100], metavar="PERCENT", help="of fine-tuning")
+    add("--labels", type=int, nargs="*", default=[100], metavar="PERCENT", help="of fine-tuning")
     add("--data-root", default="data", help="where fashion_mnist is")
     add("--jobs", type=int, default=1, help="seeds at a time")
     add("--threads", type=int, help="of each run (default: the cores, shared out)")

@@ -18,11 +18,9 @@ time, batch, precision, AdamW, threads and workers. What differs is in the repor
 - Ours also logs norms of gradients, top-1 and the spread of the features in every step. The
   others' step is the bare loop of their documentation, without the trainer of Lightning, which
   would add to it.
-- lightly has no loss of MoCo v3. Its NTXentLoss without a memory bank is that of SimCLR, which
-  takes the other queries as negatives, too: 2N − 2 of them instead of N − 1.
+- The losses differ where benchmarks/other_methods.py says so.
 """
 
-import copy
 import sys
 import time
 from collections import defaultdict
@@ -37,18 +35,19 @@ import numpy as np
 import report  # first of ours: it makes the repository importable
 import torch
 from loader import write_photographs
+from other_methods import METHODS
 from step import RepeatedBatch, RunInMemory, Side
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import main_moco
-from engine.backbones import BackboneConfig, create_backbone
+from engine import flags
+from engine.backbones import choose_config, create_backbone
 from engine.data.crops import TwoCrops
 from engine.data.images import ImageFileDataset
 from engine.data.loader import create_loader, unpack_batches
 from engine.launch import init_distributed
 from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD
-from moco.builder import ends_in_batchnorm
 
 PARTS = ("loader", "step", "end_to_end")
 
@@ -151,7 +150,8 @@ def create_sides(args, env, folder):
     """Name → side that has done a step; name → why a library is not measured."""
     sides, not_run = {"ours": Ours(args, env, folder)}, {}
     warm_up(sides["ours"])
-    for name, side_class in (("lightly", Lightly), ("stable-pretraining", StablePretraining)):
+    for side_class in (Lightly, StablePretraining):
+        name = side_class.name
         if util.find_spec(name.replace("-", "_")) is None:
             not_run[name] = "not installed"
             continue
@@ -268,19 +268,21 @@ class RunFromLoader(RunInMemory):
 
 
 class OtherLibrary:
-    """The loop that the libraries document. A subclass defines dataset, views and loss.
+    """The loop that the libraries document. A subclass defines dataset and views.
 
     args: main_moco.py's.
     """
 
     def __init__(self, args, env, folder):
         self.args, self.env, self.batch_size = args, env, args.batch_size
+        config = choose_config(flags.backbone_options(args))
+        self.img_size = config.img_size
         torch.manual_seed(0)
         self.dataset = self.create_dataset(folder)
         self.num_images = len(self.dataset)
-        backbone = create_backbone(BackboneConfig(args.arch, args.img_size))
-        self.num_layers = 2 if ends_in_batchnorm(backbone) else 3  # of the projector
-        self.model = self.create_model(backbone).to(env.device).train()
+        backbone = create_backbone(config)
+        model = METHODS[self.name](backbone, args.moco_dim, args.moco_mlp_dim, args.moco_t)
+        self.model = model.to(env.device).train()
         params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(params, 1e-4, weight_decay=0.1)
         self.scaler = env.grad_scaler()
@@ -297,62 +299,36 @@ class OtherLibrary:
         for batch in batches:
             x1, x2 = self.env.to_device(*self.views(batch))
             with self.env.autocast():
-                loss = self.loss(x1, x2)
+                loss, _ = self.model(x1, x2)
             self.optimizer.zero_grad()
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.update_momentum_encoder()
+            self.model.update_momentum_encoder(self.args.moco_m)
 
 
 class Lightly(OtherLibrary):
-    """BYOLTransform, whose defaults are MoCo v3's augmentation; heads, loss, momentum update."""
+    """BYOLTransform, whose defaults are MoCo v3's augmentation."""
+
+    name = "lightly"
 
     def create_dataset(self, folder):
         from lightly.data import LightlyDataset
         from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 
-        size = self.args.img_size[0]
+        size = self.img_size[0]
         views = BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size)
         return LightlyDataset(folder, transform=BYOLTransform(*views))
-
-    def create_model(self, backbone):
-        from lightly.loss import NTXentLoss
-        from lightly.models.modules import MoCoProjectionHead
-        from lightly.models.utils import deactivate_requires_grad
-
-        args = self.args
-        widths = args.moco_mlp_dim, args.moco_dim
-        projector = MoCoProjectionHead(
-            backbone.num_features, *widths, num_layers=self.num_layers, batch_norm=True
-        )
-        encoder = torch.nn.Sequential(backbone, projector)
-        momentum_encoder = copy.deepcopy(encoder)
-        deactivate_requires_grad(momentum_encoder)
-        self.criterion = NTXentLoss(temperature=args.moco_t, memory_bank_size=0)
-        predictor = MoCoProjectionHead(args.moco_dim, *widths, num_layers=2, batch_norm=True)
-        modules = dict(encoder=encoder, momentum_encoder=momentum_encoder, predictor=predictor)
-        return torch.nn.ModuleDict(modules)
 
     def views(self, batch):
         (x1, x2), _, _ = batch
         return x1, x2
 
-    def loss(self, x1, x2):
-        model = self.model
-        q1, q2 = (model["predictor"](model["encoder"](x)) for x in (x1, x2))
-        with torch.no_grad():
-            k1, k2 = (model["momentum_encoder"](x) for x in (x1, x2))
-        return self.criterion(q1, k2) + self.criterion(q2, k1)
-
-    def update_momentum_encoder(self):
-        from lightly.models.utils import update_momentum
-
-        update_momentum(self.model["encoder"], self.model["momentum_encoder"], self.args.moco_m)
-
 
 class StablePretraining(OtherLibrary):
-    """MultiViewTransform, MoCov3, and the update of the teachers that its callback would call."""
+    """MultiViewTransform, with transforms of its own."""
+
+    name = "stable-pretraining"
 
     def create_dataset(self, folder):
         from stable_pretraining.data import FromTorchDataset
@@ -362,7 +338,7 @@ class StablePretraining(OtherLibrary):
             solarize = [spt.RandomSolarize(128, p=solarize_p)] if solarize_p else []
             return spt.Compose(
                 spt.RGB(),
-                spt.RandomResizedCrop(self.args.img_size, scale=(0.08, 1.0)),
+                spt.RandomResizedCrop(self.img_size, scale=(0.08, 1.0)),
                 spt.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
                 spt.RandomGrayscale(p=0.2),
                 spt.PILGaussianBlur(sigma=(0.1, 2.0), p=blur_p),
@@ -374,27 +350,8 @@ class StablePretraining(OtherLibrary):
         views = spt.MultiViewTransform([view(1.0, 0.0), view(0.1, 0.2)])
         return FromTorchDataset(ImageFolder(folder), ["image", "label"], transform=views)
 
-    def create_model(self, backbone):
-        from stable_pretraining.methods import MoCov3
-
-        args = self.args
-        return MoCov3(
-            backbone,
-            projector_dims=[args.moco_mlp_dim] * (self.num_layers - 1) + [args.moco_dim],
-            predictor_hidden_dim=args.moco_mlp_dim,
-            temperature=args.moco_t,
-            ema_decay_start=args.moco_m,
-        )
-
     def views(self, batch):
         return [view["image"] for view in batch["views"]]
-
-    def loss(self, x1, x2):
-        return self.model(x1, x2).loss
-
-    def update_momentum_encoder(self):
-        self.model.backbone.update_teacher()
-        self.model.projector.update_teacher()
 
 
 if __name__ == "__main__":

@@ -12,15 +12,20 @@ import pytest
 import torch
 from conftest import ENV, ROOT, launch
 from timm.layers import set_fused_attn
+from torch.utils.data import TensorDataset
 
 import main_moco
 from engine.launch import Env
+from engine.log import read_log
+from moco import MoCo
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu
 import kept_runs
 import memory
+import other_methods
+import peers
 import step
 from study import find_spikes
 
@@ -47,6 +52,35 @@ def finished(*argv):
 def test_a_benchmark_runs(name):
     done = finished(1, f"benchmarks/{name}.py", "--quick")
     assert json.loads(done.stdout)["command"] == f"python benchmarks/{name}.py --quick"
+
+
+def test_another_method_is_trained_in_the_loop_of_main_moco(few_digits, tmp_path, monkeypatch):
+    """With our own method in place of the other library's, the run is that of main_moco.py."""
+    flags = f"{few_digits} -a vit_nano --img-size 16 --patch-size 8 --moco-mlp-dim 16 -b 80 -p 1 "
+    flags += "--optimizer adamw --lr 1e-3 --epochs 1 --warmup-epochs 0 --device cpu --output-dir"
+    ours, other = (tmp_path / name for name in ("ours", "other"))
+    main_moco.main(main_moco.parse_args([*flags.split(), str(ours)]))
+    monkeypatch.setattr(other_methods, "METHODS", {"lightly": MoCo})
+    monkeypatch.setattr(main_moco, "create_model", main_moco.create_model)  # is put back at the end
+    other_methods.main("lightly", main_moco.parse_args([*flags.split(), str(other)]))
+    for key in ("loss", "rankme"):
+        values = [
+            [line[key] for line in read_log(folder / "log.jsonl") if key in line]
+            for folder in (ours, other)
+        ]
+        assert values[0] == values[1] and len(values[0]) == 2
+
+
+def test_the_step_of_another_library_is_measured(tmp_path, monkeypatch):
+    views = TensorDataset(*torch.randn(2, 16, 3, 32, 32))
+    monkeypatch.setattr(peers.Lightly, "create_dataset", lambda *args: views)
+    monkeypatch.setattr(peers.Lightly, "views", lambda self, batch: batch)
+    monkeypatch.setattr(peers, "METHODS", {"lightly": MoCo})
+    args = main_moco.parse_args("digits -a vit_nano --img-size 32 --moco-mlp-dim 16 -b 8".split())
+    side = peers.Lightly(args, ENV, tmp_path)
+    peers.warm_up(side)
+    rates = peers.images_per_s(side, "step", SimpleNamespace(workers=0, steps=1, batch_size=8))
+    assert rates.keys() == {"step", "step_per_cpu_s"}
 
 
 @pytest.fixture
