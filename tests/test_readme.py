@@ -39,15 +39,30 @@ def read(path):
     return path.read_text(encoding="utf-8")
 
 
+def docstrings():
+    """Those of the scripts and tools."""
+    return [ast.get_docstring(ast.parse(read(ROOT / f"{name}.py"))) for name in SCRIPTS]
+
+
+def shell_lines(text):
+    """Its indented lines, as one where a line continues, and its commands within the text.
+
+    Fenced code is Python; FLAGS stands for any.
+    """
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"^ {4,}(\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    inline = re.findall(r"`((?:python |torchrun |(?=benchmarks/\w+\.py))[^`\n]+\.py[^`\n]*)`", text)
+    return [*lines, *(command for command in inline if "FLAGS" not in command)]
+
+
 def commands():
     """(script, its arguments) of each indented line that calls one."""
-    texts = [read(path) for path in DOCUMENTS]
-    texts += [ast.get_docstring(ast.parse(read(ROOT / f"{name}.py"))) for name in SCRIPTS]
+    texts = [*map(read, DOCUMENTS), *docstrings()]
     for recipe in (ROOT / "recipes").glob("**/*.*"):
         texts.append(re.sub(r"^# ?", "", read(recipe), flags=re.MULTILINE))
-    for line in "\n".join(texts).replace("\\\n", " ").splitlines():
+    for line in (line for text in texts for line in shell_lines(text)):
         match = re.search(r"(?:python|torchrun|sbatch)\b.*\b(main_\w+|tools/\w+)\.py\s(.*)", line)
-        if match and line.startswith(" "):
+        if match:
             yield match[1], match[2]
 
 
@@ -131,20 +146,6 @@ def test_flags_in_the_text_exist(capsys):
         text = re.sub(r"(`|    )(?:python )?(benchmarks|tests)/[^`\n]*", "", text)
         unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known
         assert not unknown, f"{document.name}: {unknown}"
-
-
-def test_flags_of_benchmarks_exist():
-    """They, and what --levers names, occur in the source of the benchmark."""
-    report = read(ROOT / "benchmarks" / "report.py")
-    for script, flags in re.findall(
-        r"`(benchmarks/\w+\.py)([^`]*)`", read(ROOT / "docs" / "speed.md")
-    ):
-        words = re.findall(r"--[\w-]+", flags)
-        levers = re.search(r"--levers ([a-z_ ]+)", flags)
-        if levers:
-            words += levers[1].split()
-        for word in words:
-            assert word in read(ROOT / script) + report, f"{script}: {word}"
 
 
 def test_the_lines_of_the_algorithm_are_in_the_code():
