@@ -1,4 +1,4 @@
-"""Checkpoints in the official layout, made from the published key names alone."""
+"""Checkpoints in the official layout, from the published key names alone; MMPretrain's names."""
 
 import torch
 
@@ -117,3 +117,16 @@ def _file(arch, shapes):
 
     state = {key: tensor(key, shape) for key, shape in shapes.items()}
     return dict(epoch=300, arch=arch, state_dict=state, optimizer={}, scaler={})
+
+
+def mmpretrain_names(weights):
+    """timm's names of a ViT → those of MMPretrain."""
+    names = {"patch_embed.proj": "patch_embed.projection", "blocks": "layers", "norm1": "ln1",
+             "norm2": "ln2", "mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}  # fmt: skip
+    state = {}
+    for key, value in weights.items():
+        key = key.replace("norm.", "ln1.") if key.startswith("norm.") else key
+        for ours, mm in names.items():
+            key = key.replace(ours, mm)
+        state[f"backbone.{key}"] = value
+    return state

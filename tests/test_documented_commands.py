@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import official
 import pytest
 import sklearn.datasets
 import timm
@@ -37,13 +38,9 @@ NOT_RUN = {
     r"load_dataset|DatasetDict": "Python of another library, on a data set of the Hub",
     r"^\d+ gradient spikes|^epoch \d": "they are the output of a command",
 }
-# Names of the documents, and what they stand for here.
+# Names of the documents, and what they stand for here; /data/… and /my/… lie in the folder.
 PLACES = {
-    **dict.fromkeys(["DIR", "/data/imagenet", *NAMED_SETS], "data/imagenet"),
-    **{f"/my/{name}": f"my/{name}" for name in ("images", "unlabelled", "labelled", "tiles")},
-    **{f"/my/{name}_classes": f"data/imagenet/{name}" for name in ("train", "val")},
-    **{f"/data/imagenet_{name}": f"data/imagenet_{name}" for name in ("v2", "a")},
-    "/my/test_classes": "data/imagenet/val",
+    **dict.fromkeys(["DIR", *NAMED_SETS], "data/imagenet"),
     "CKPT": "runs/vit_small_300/checkpoint.pth",
     "linear_lr3.pth": "runs/vit_small_300_lincls/linear_lr3.pth",
     "runs/RUN_lincls/linear_lr3.pth": "runs/vit_small_300_lincls/linear_lr3.pth",
@@ -67,8 +64,8 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda return_X_y: few)
     Path("recipes").symlink_to(ROOT / "recipes")
     Path("docs").mkdir()
-    names = read(ROOT / "docs/imagenet100.txt").split()
-    Path("docs/imagenet100.txt").write_text("\n".join(names))
+    Path("docs/imagenet100.txt").symlink_to(ROOT / "docs/imagenet100.txt")
+    names = read(ROOT / "docs/imagenet100.txt").split()[:3]
     rng = np.random.default_rng(0)
     for i in range(18):
         path = Path("data/imagenet", "val" if i < 6 else "train", names[i % 3], f"{i}.png")
@@ -77,35 +74,17 @@ def workplace(tmp_path, monkeypatch):
     Path("my/tiles").mkdir(parents=True)
     for i in range(4):
         np.save(f"my/tiles/{i}.npy", rng.integers(0, 10000, (40, 40, 6), dtype=np.uint16))
-    Path("my/images").symlink_to(tmp_path / "data/imagenet/train" / names[0])
-    Path("my/unlabelled").symlink_to(tmp_path / "data/imagenet/train" / names[0])
-    Path("my/labelled").symlink_to(tmp_path / "data/imagenet")
     Path("data/imagenet_v2").mkdir()
-    Path("data/imagenet_v2/val").symlink_to(tmp_path / "data/imagenet/val")
-    Path("data/imagenet_a").symlink_to(tmp_path / "data/imagenet/val")
+    links = {"my/labelled": "", "my/train_classes": "train", "my/test_classes": "val",
+             "my/images": f"train/{names[0]}", "my/unlabelled": f"train/{names[0]}",
+             "data/imagenet_a": "val", "data/imagenet_v2/val": "val"}  # fmt: skip
+    for link, place in links.items():
+        Path(link).symlink_to(tmp_path / "data/imagenet" / place)
     weights = vits.vit_nano().state_dict()
     for name in ("deit_base.pth", "mae_pretrain_vit_base.pth"):
         torch.save({"model": weights}, name)
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), "dino_deitsmall16.pth")
-    torch.save({"state_dict": mmpretrain_names(weights)}, "mmselfsup.pth")
-
-
-def mmpretrain_names(weights):
-    """timm's names of a ViT → those of MMPretrain."""
-    names = {
-        r"^patch_embed\.proj": "patch_embed.projection",
-        r"^blocks\.": "layers.",
-        r"\.norm(\d)": r".ln\1",
-        r"\.mlp\.fc1": ".ffn.layers.0.0",
-        r"\.mlp\.fc2": ".ffn.layers.1",
-        r"^norm\.": "ln1.",
-    }
-    renamed = {}
-    for name, tensor in weights.items():
-        for old, new in names.items():
-            name = re.sub(old, new, name)
-        renamed[f"backbone.{name}"] = tensor
-    return renamed
+    torch.save({"state_dict": official.mmpretrain_names(weights)}, "mmselfsup.pth")
 
 
 def documented_commands():
@@ -114,8 +93,9 @@ def documented_commands():
     for text in (*map(read, DOCUMENTS), *docstrings()):
         for line in shell_lines(text):
             match = re.search(r"(?:(torchrun .*)|python )\b(main_\w+|tools/\w+)\.py (.*)", line)
-            if match and not line.startswith("sbatch"):
-                words = (PLACES.get(word, word) for word in shlex.split(match[3], comments=True))
+            if match:
+                words = shlex.split(match[3], comments=True)
+                words = (PLACES.get(word, word).removeprefix("/") for word in words)
                 hosts = 2 if "nnodes=2" in (match[1] or "") else 1
                 found.add((match[2], tuple(words), hosts))
 

@@ -12,7 +12,7 @@ import timm
 import torch
 import torchvision
 from conftest import TINY
-from official import pretraining
+from official import mmpretrain_names, pretraining
 from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
@@ -141,14 +141,9 @@ def timm_weights(folder):
 
 
 def mmpretrain(folder):
-    names = {"patch_embed.proj": "patch_embed.projection", "blocks": "layers", "norm1": "ln1",
-             "norm2": "ln2", "mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}  # fmt: skip
-    model, state = theirs(), {"head.predictor.fc0.weight": torch.ones(2, 2)}
-    for key, value in model.state_dict().items():
-        key = key.replace("norm.", "ln1.") if key.startswith("norm.") else key
-        for ours, mm in names.items():
-            key = key.replace(ours, mm)
-        state[f"backbone.{key}"] = value
+    model = theirs()
+    state = mmpretrain_names(model.state_dict())
+    state["head.predictor.fc0.weight"] = torch.ones(2, 2)
     content = dict(meta=dict(epoch=300), state_dict=state)
     return saved(folder, content), model, dict(arch="vit_tiny")
 
