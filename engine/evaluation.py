@@ -255,8 +255,10 @@ class AccuracyRecord:
     def update(self, accuracies, epoch):
         """accuracies: [(acc1, acc5)] after `epoch` → whether each is the best so far."""
         self.last = accuracies
-        is_best = [last[0] > best[0] for last, best in zip(self.last, self.best)]
+        is_best = []
         for i, (acc1, _) in enumerate(self.last):
+            best_acc1, best_epoch = self.best[i]
+            is_best.append(acc1 > best_acc1 or best_epoch == 0)  # the first, even if it is 0 %
             if is_best[i]:
                 self.best[i] = (acc1, epoch)
         return is_best

@@ -11,6 +11,7 @@ from engine.data.images import ArrayDataset
 from engine.data.splits import Splits, load_splits, open_source
 from engine.evaluation import (
     KNN,
+    AccuracyRecord,
     accuracy,
     format_accuracy,
     iterate_eval_batches,
@@ -124,6 +125,13 @@ def test_scores_of_classes_without_images_are_kept():
 def test_top_5_is_told_from_5_classes_on():
     assert format_accuracy(50, 100, 4) == "top-1 50.00 %"
     assert format_accuracy(50, 75.125, 5) == "top-1 50.00 %, top-5 75.12 %"
+
+
+def test_the_first_accuracy_is_the_best_so_far_even_if_it_is_0_percent():
+    record = AccuracyRecord(2)
+    assert record.update([(0.0, 1.0), (5.0, 6.0)], epoch=1) == [True, True]
+    assert record.update([(0.0, 1.0), (6.0, 6.0)], epoch=2) == [False, True]
+    assert record.best == [(0.0, 1), (6.0, 2)]
 
 
 def test_rankme_matches_the_formula():
