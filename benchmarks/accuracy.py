@@ -23,6 +23,7 @@ from PIL import Image
 
 from engine.data.decode import PixelFormat
 from engine.data.splits import load_splits, open_source
+from engine.files import exists
 from engine.log import read_log
 
 
@@ -77,7 +78,7 @@ def export_subset(args, percent):
     """PNG files and lists of the first `percent` of each class, and of val → the two lists."""
     folder = Path(args.runs, args.name, "images").resolve()
     lists = folder / f"train_{percent}.txt", folder / "val.txt"
-    if not all(path.exists() for path in lists):
+    if not all(map(exists, lists)):
         gray = PixelFormat(in_chans=1, mean=(0.5,), std=(0.5,))
         splits = load_splits(open_source(args.name, gray, args.data_root))
         per_class = len(splits.train) * percent // 100 // splits.num_classes

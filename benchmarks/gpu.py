@@ -38,6 +38,7 @@ from loader import write_photographs
 
 import main_moco
 from engine.data.decode import RGB
+from engine.files import exists
 from engine.launch import init_distributed
 from engine.log import read_log
 
@@ -134,7 +135,7 @@ def main():
 def kept_rows(args, env):
     """Rows without an error in --out, of the same revision and machine."""
     path = Path(args.out or "-")
-    if not path.exists():
+    if not exists(path):
         return []
     old, new = json.loads(path.read_text()), report.about(env.device)
     is_same = all(old[key] == value for key, value in new.items())

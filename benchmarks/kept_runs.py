@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import report  # noqa: F401  makes the repository importable
+import report  # noqa: F401  first of ours: it makes the repository importable
+
+from engine.files import exists
 
 ROOT = Path(__file__).parents[1]
 DIVERGED = "last good checkpoint"  # in the line of a run whose loss or weights are not finite
@@ -21,7 +23,7 @@ def run_script(folder, threads, name, *flags):
     the script fails, or if the folder has a run of other flags.
     """
     kept, flags = Path(folder, "finished.json"), [str(flag) for flag in flags]
-    if kept.exists():
+    if exists(kept):
         result = json.loads(kept.read_text())
         if result.pop("flags") != flags:
             raise SystemExit(f"{folder} has a run of other flags: delete it, or change --runs")
