@@ -122,13 +122,15 @@ def _to_part(listing, pixel_format):
 
 def _find_labels(listing):
     """Labels beside the images, else their folders → labels or None, shared folders, a flaw."""
+    if listing.flaw:
+        return None, (), listing.flaw
     labels = listing.labels
     if labels is not None:
         num_missing = labels.count("")
         if num_missing == len(labels):
             return None, (), ""
         if num_missing == 0:
-            return labels, (), listing.flaw
+            return labels, (), ""
         first = listing.names[labels.index("")]
         return None, (), f"{num_missing:,} of {len(labels):,} images have no label: {first}"
     names = _folders_of(listing)

@@ -91,8 +91,12 @@ def index(root, archives, extensions, bar):
     images.sort(key=lambda image: image[0].replace("/", "\0"))  # as sort_by_folder has it
     names, labels, spans = map(list, zip(*images)) if images else ([], [], [])
     index = TarIndex(tuple(archives), np.array(spans, np.int64))
+    flaw = ""
+    if None in labels:
+        name = names[labels.index(None)]
+        flaw = f"the label in the .json of {name} is neither a number nor a text"
     labels = labels if any(labels) else None
-    return Listing(str(root), names, ignored, labels, index=index)
+    return Listing(str(root), names, ignored, labels, flaw, index=index)
 
 
 def _index_archive(path, extensions, ignored, bar):
@@ -179,7 +183,10 @@ class _Headers:
 
 
 def _read_label(file, cls, json_fields):
-    """The text in KEY.cls, else `label` or `cls` in KEY.json, else ""; their offsets and sizes."""
+    """The text in KEY.cls, else `label` or `cls` in KEY.json, else "".
+
+    cls, json_fields: their offsets and sizes. None for a label that is of another type.
+    """
     offset, size = cls or json_fields
     if size > (MAX_NAME if cls else MAX_LABEL_BYTES):
         return ""
@@ -188,9 +195,13 @@ def _read_label(file, cls, json_fields):
         return text
     with suppress(ValueError, AttributeError, RecursionError):  # not JSON, not an object
         fields = json.loads(text)
-        for label in (fields.get("label"), fields.get("cls")):
+        labels = fields.get("label"), fields.get("cls")
+        for label in labels:
             if isinstance(label, float) and label.is_integer():  # as pandas writes integers
                 label = int(label)
             if isinstance(label, int | str):
                 return str(label)
+        # A list of several classes, for example; pandas writes NaN where there is none.
+        if any(label is not None and label == label for label in labels):
+            return None
     return ""

@@ -113,11 +113,22 @@ def test_labels_in_json(tmp_path):
         path = write(tmp_path / "json.tar", members | {"2.json": label.encode()})
         assert labels(train(path)) == ["dog", expected]
         assert dataset_digest(train(path).dataset, train(path).class_names)
-    for label in ("{}", "[]", "{", '{"label": null}', '{"label": [3]}', "[" * 50_000):
+    for label in ("{}", "[]", "{", '{"label": null}', '{"label": NaN}', "[" * 50_000):
         path = write(tmp_path / "json.tar", members | {"2.json": label.encode()})
         part = train(path)
         assert part.class_names is None and len(part.dataset) == 2
         assert part.flaw.endswith("1 of 2 images have no label: json.tar/2.jpg")
+
+
+@pytest.mark.parametrize("label", ["[3]", '{"a": 1}', "3.5"])
+def test_labels_in_json_that_are_no_names_are_refused(tmp_path, label):
+    members = {f"{c}/{c}.jpg": jpeg(0) for c in "ab"}  # neither silence nor their folders
+    members |= {f"{c}/{c}.json": f'{{"label": {label}}}'.encode() for c in "ab"}
+    part = train(write(tmp_path / "json.tar", members))
+    assert part.class_names is None and len(part.dataset) == 2
+    assert "the .json of json.tar/a/a.jpg is neither a number nor a text" in part.flaw
+    with pytest.raises(UserError, match="is neither a number nor a text"):
+        load(tmp_path / "json.tar")
 
 
 def test_classes_are_folders_in_archives_or_the_archives(tmp_path):
