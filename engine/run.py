@@ -65,6 +65,9 @@ def find_checkpoints(folder, resume):
         raise UserError(f"{folder} holds a run: {hint}--output-dir starts another")
     if path is not None and not exists(path):
         raise UserError(f"no checkpoint at {path}")
+    if existing and resumes_here and path.name not in checkpoints.NAMES:
+        # If it was killed before its first save, --resume auto would take the later one.
+        raise UserError(f"{folder} holds a later checkpoint than {path.name}: another --output-dir")
     return [] if path is None else [path]
 
 

@@ -75,6 +75,9 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_ends(script, tmp_
 def test_what_is_kept_of_a_cleared_run_is_not_overwritten(script, tmp_path):
     argv = (*TINY, "--epochs", 1, "--knn-every", 0, "--save-every", 1, "--output-dir", tmp_path)
     assert script("main_moco.py", *argv)[0] == 0
+    kept = ("--resume", tmp_path / "checkpoint_0001.pth")
+    code, _, err = script("main_moco.py", *argv, *kept)
+    assert code == 2 and "holds a later checkpoint than checkpoint_0001.pth" in err
     (tmp_path / checkpoint.LAST).unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for flags in ((), ("--resume", "auto")):
@@ -85,7 +88,6 @@ def test_what_is_kept_of_a_cleared_run_is_not_overwritten(script, tmp_path):
     (tmp_path / f"{checkpoint.LAST}.tmp").touch()  # instead, it was killed in its first save
     assert script("main_moco.py", *argv, "--resume", "auto")[0] == 0
     (tmp_path / checkpoint.LAST).unlink()
-    kept = ("--resume", tmp_path / "checkpoint_0001.pth")
     code, out, err = script("main_moco.py", *argv, "--epochs", 2, *kept, "--allow-changed-args")
     assert code == 0 and "resumed after step 5" in out, err
 

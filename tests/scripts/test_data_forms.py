@@ -142,6 +142,7 @@ def test_a_run_goes_on_without_knn_and_without_val(script, tmp_path):
     argv = [data, *MOCO, "--output-dir", run, "--epochs", 2]
     assert script("main_moco.py", *argv, "--save-every", 1)[0] == 0
     (data / "val").rename(tmp_path / "val")
+    argv += ["--output-dir", tmp_path / "again"]
     resume = ["--resume", run / "checkpoint_0001.pth", "--knn-every", 0]
     code, out, err = script("main_moco.py", *argv, *resume)
     assert (code, err) == (0, "") and "resumed after step 2 of 4" in out
