@@ -47,7 +47,9 @@ WAIT_SECONDS = 60  # longer than NFS keeps what it knows of a folder
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description=__doc__)
+    parser = cli.Parser(
+        description=__doc__, usage="%(prog)s DIR --pretrained CKPT --out FILE [FLAGS]"
+    )
     flags.add_tool_flags(parser)
     add = parser.group("features")
     add(
@@ -68,7 +70,7 @@ def parse_args(argv=None):
         choices=("class", "patch", "avg"),
         help="of a ViT: class token, patches, or their average (default: the backbone's output)",
     )
-    layer = "block of a ViT from 0, or from the end, -1, before the last LayerNorm (default: -1)"
+    layer = "block of a ViT, from 0 or the end; the last LayerNorm is applied (default: -1)"
     add("--layer", type=int, metavar="N", help=layer)
     args = parser.parse_args(argv)
     if args.out.suffix not in (".npz", ".npy", ".safetensors"):
@@ -82,7 +84,11 @@ def main(args):
     model.requires_grad_(False).eval()
     encoder, shape = select_tokens(model, config, args.tokens, args.layer)
     model.to(env.device)
-    dataset, class_names = load_split(args, config)
+    source, part, which = load_split(args, config.pixel_format)
+    dataset, class_names = part.dataset, part.class_names
+    remarks = [f"{len(dataset):,} images{which}", *source.remarks, *part.remarks]
+    remarks += [f"without labels: {part.flaw}"] if part.flaw else []
+    print_rank0(f"data    {args.data}: {'; '.join(remarks)}")
     metadata = config.to_dict() | dict(
         data=dataset_id(dataset, args.data),
         split=args.split,
@@ -157,11 +163,13 @@ def select_tokens(model, config, tokens, layer):
     return encode, tuple(h.shape[1:])
 
 
-def load_split(args, config):
-    """--split of DIR → dataset, class names or None."""
-    source = flags.source(args, args.data, config.pixel_format)
+def load_split(args, pixel_format):
+    """--split of DIR → Source, Part, and where there is another split, words on both."""
+    source = flags.source(args, args.data, pixel_format)
     part = source.val_or_all() if args.split == "val" else source.train_labelled()
-    return part.dataset, part.class_names
+    other = "train" if args.split == "val" else "val"
+    which = f" of {args.split}, not {other} (--split {other} takes those)"
+    return source, part, which if source.has_both() else ""
 
 
 def create_index(dataset, class_names, path, metadata):

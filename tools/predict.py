@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from features import image_names
+from features import image_names, load_split
 from visualize import check_writable, drawable
 
 from engine import cli, flags, launch
@@ -41,7 +41,8 @@ MAX_DRAWN = 30  # classes of the confusion picture
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(description=__doc__)
+    usage = "%(prog)s DIR --pretrained CKPT --out FILE.csv [FLAGS]"
+    parser = cli.Parser(description=__doc__, usage=usage)
     flags.add_tool_flags(parser)
     add = parser.group("predictions")
     add("--out", "the table to write", type=Path, required=True, metavar="FILE.csv")
@@ -110,12 +111,12 @@ def check_new(*paths):
 
 def load_images(args, config, class_names, classifier):
     """DIR → the Part of its images; their labels, numbered as the classifier has them, or None."""
-    source = flags.source(args, args.data, config.pixel_format)
-    part = source.val_or_all() if args.split == "val" else source.train_labelled()
+    source, part, which = load_split(args, config.pixel_format)
+    found = f"{len(part.dataset):,} images{which}"
     # As match_classes has it: a single folder that is called like a class is one.
     is_class = not {*part.shared_folders}.isdisjoint(class_names or ())
     if args.no_labels or not (part.class_names or part.flaw or is_class):
-        print_rank0(f"data    {args.data}: {len(part.dataset):,} images, labels are not used")
+        print_rank0(f"data    {args.data}: {found}, labels are not used")
         return part, None
     try:
         if class_names is None:
@@ -127,7 +128,7 @@ def load_images(args, config, class_names, classifier):
         check_num_classes(classifier, len(part.class_names), args.pretrained)
     except UserError as error:
         raise UserError(f"{error}; --no-labels predicts without labels") from None
-    remarks = "; ".join([f"{len(part.dataset):,} labelled images", *source.remarks, *part.remarks])
+    remarks = "; ".join([f"{found}, labelled", *source.remarks, *part.remarks])
     print_rank0(f"data    {args.data}: {remarks}")
     return part, part.dataset.labels
 

@@ -38,6 +38,9 @@ class Source:
     def has_val(self):
         return "val" in self._parts
 
+    def has_both(self):
+        return {"train", "val"} <= self._parts.keys()
+
     def train(self):
         """The Part to pre-train on: train, or images that are in no split."""
         return self._get("train", "all")

@@ -77,6 +77,17 @@ def test_paths_lie_below_the_folder_and_classes_have_names(pretrained, folders, 
 
 
 @pytest.mark.usefixtures("batches_of_two")
+def test_the_split_that_is_taken_and_the_other_are_named(pretrained, folders, tmp_path, capsys):
+    for split, line in (
+        ("train", "6 images of train, not val"),
+        ("val", "4 images of val, not tr"),
+    ):
+        run(pretrained, tmp_path / f"{split}.npz", "--split", split, data=folders)
+        assert f"data    {folders}: {line}" in capsys.readouterr().out
+    run(pretrained, tmp_path / "all.npz", data=folders / "val")
+    assert f"data    {folders}/val: 4 images\n" in capsys.readouterr().out
+
+
 def test_what_cant_be_read_is_nan_and_named(pretrained, folders, tmp_path, capsys):
     for broken in ("train/cat/deep/0.png", "train/cat/deep/1.png", "train/dog/deep/1.png"):
         (folders / broken).write_bytes(b"text")  # a whole batch, and one of another

@@ -59,6 +59,7 @@ def test_the_tables_accuracy_is_that_of_evaluate(trained, succeed, tmp_path, eva
     out = tmp_path / "p.csv"
     argv = ("digits", *CPU, "--amp", amp, "--pretrained", trained[evaluate])
     printed = succeed("tools/predict.py", *argv, "--out", out)
+    assert "360 images of val, not train (--split train takes those), labelled" in printed
     [line] = re.findall(r"^top-1 .* % on 360 images$", printed, re.MULTILINE)
     for script in trained:
         assert line in succeed(script, *argv, "--evaluate"), script
