@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add("--min-lr", "lr at the end, unscaled", type=number, default=1e-5)
     often = ("iteration", "epoch")
     add("--lr-per", "how often the lr changes", choices=often, default="epoch")
-    decay = "layer-wise lr decay: factor from each block to the one before"
+    decay = "layer-wise lr decay: factor from each block to the one before (default: none)"
     add("--layer-decay", decay, type=flags.fraction)
     add("--clip-grad", "largest gradient norm (default: no limit)", type=flags.positive_float)
     policy = "timm's name of the augmentation policy, or none"
@@ -72,7 +72,8 @@ def parse_args(argv=None):
     add("--smoothing", "label smoothing", type=below_1, default=0.1)
     views = "repeated augmentation: each epoch shows 1/N of the images, N times"
     add("--repeated-aug", views, type=flags.positive_int, default=1)
-    add("--ema", "decay of a moving average of the weights, which is kept too", type=below_1)
+    ema = "decay of a moving average of the weights, which is kept too (default: none)"
+    add("--ema", ema, type=below_1)
     evaluate_ema = "measure the moving average in place of the weights"
     add("--evaluate-ema", evaluate_ema, action="store_true")
     flags.add_evaluation_flags(parser)

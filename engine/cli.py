@@ -95,7 +95,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         # argparse opens no other files than recipes.
-        message = re.sub(r"^\[Errno \d+\] (.*): '(.*)'$", r"can't read the recipe \2: \1", message)
+        message = re.sub(
+            r"^\[Errno \d+\] (.*): (['\"].*)$", r"can't read the recipe \2: \1", message
+        )
         raise UserError(f"{message} (--help lists the flags)")
 
 

@@ -15,8 +15,9 @@ BACKBONE_OPTIONS = (
     "arch img_size patch_size small_stem in_chans mean std value_range max_pixels pos_embed pool"
 ).split()
 RUN_OPTIONS = "epochs allow_changed_args save_minutes print_freq max_bad_images tensorboard".split()
-USAGE = "%(prog)s [@RECIPE] [FLAGS] DIR"
-STATED = " (default: as --pretrained states it)"
+# DIR comes first: after a flag that takes several values it would be one of them.
+USAGE = "%(prog)s [@RECIPE] DIR [FLAGS]"
+STATED = "as --pretrained states it"
 
 
 class OneOrTwo(argparse.Action):
@@ -37,12 +38,14 @@ def add_image_flags(parser, in_chans=3):
     forms = f"folder of images, list.txt, .tar, hf:NAME, or one of: {' '.join(NAMED_SETS)}"
     add("data", forms, metavar="DIR", may_change=True)
     add("--data-root", "where named data sets are downloaded to", default="data", may_change=True)
-    stated = STATED if in_chans is None else ""
-    add("--in-chans", f"channels of the images; 1: gray{stated}", type=width, default=in_chans)
-    add("--mean", "channel means in 0…1 (default: ImageNet's)", type=fraction, **channels)
-    std = "channel standard deviations (default: ImageNet's)"
-    add("--std", std, type=positive_float, **channels)
+    stated = f"{STATED}, else " if in_chans is None else ""
+    gray = f"channels of the images; 1: gray (default: {stated}3)"
+    add("--in-chans", gray, type=width, default=in_chans)
+    imagenet = f"(default: {stated}ImageNet's, or their average where there are not 3 channels)"
+    add("--mean", f"channel means in 0…1 {imagenet}", type=fraction, **channels)
+    add("--std", f"channel standard deviations {imagenet}", type=positive_float, **channels)
     ends = "pixel values that map to 0 and 1 in files of more than 8 bits"
+    ends += f" (default: {stated}such files are refused)"
     add("--value-range", ends, type=finite_float, nargs=2, metavar=("LOW", "HIGH"))
     pixels = "largest height × width of an image file that is decoded"
     add("--max-pixels", pixels, type=positive_int, default=MAX_PIXELS)
@@ -51,13 +54,16 @@ def add_image_flags(parser, in_chans=3):
 def add_model_flags(parser, arch="resnet50", img_size=(224,)):
     """None: the weights state it. → add, for more flags of the group."""
     add, size = parser.group("model"), dict(type=side, nargs="+", action=OneOrTwo, metavar="PIXELS")
-    stated = STATED if arch is None else ""
     names = "a ViT of vits.py, torchvision's ResNet, or timm/NAME"
-    add("-a --arch", names + stated, default=arch)
+    add("-a --arch", f"{names} (default: {arch or STATED})", default=arch)
     sides = "side of the images that the model sees, or height and width"
-    add("--img-size", sides + (stated or " (default: 224)"), default=img_size, **size)
-    add("--patch-size", "patch of a ViT: side, or height and width", **size)
+    default = "224" if img_size else f"{STATED}, else 224 or timm's"
+    add("--img-size", f"{sides} (default: {default})", default=img_size, **size)
+    patch = "patch of a ViT: side, or height and width"
+    patch += " (default: the architecture's)" if arch else f" (default: {STATED})"
+    add("--patch-size", patch, **size)
     stem = "ResNet for small images: 3×3 stem with stride 1, no max-pooling"
+    stem += "" if arch else f" (default: {STATED})"
     add("--small-stem", stem, action="store_true")
     return add
 
@@ -117,6 +123,7 @@ def add_hardware_flags(parser):
     amp = "mixed precision; auto: bf16 where the hardware computes in it"
     add("--amp", amp, choices=("auto", "bf16", "fp16", "off"), default="auto")
     workers = "processes that load images, for each training process"
+    workers += " (default: as many as CPU cores, 8 at most; here %(default)s)"
     add("-j --workers", workers, type=int_up_to_1024, default=min(8, num_cores()))
     add("--timeout", "seconds that a process waits for the others", type=seconds, default=600)
     return add

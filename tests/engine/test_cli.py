@@ -57,6 +57,10 @@ def test_help_tells_what_each_flag_does_group_by_group(command, capsys, monkeypa
     groups = re.findall(r"^(\w+):$", text, re.MULTILINE)
     if HELPS[command] is not None:
         assert [group for group in groups if group != "options"] == HELPS[command]
+    if "model" in groups and name != "main_moco":
+        stated = re.findall(r"--(\S+) .*\(default: as --pretrained states it", text)
+        options = {option.replace("_", "-") for option in flags.BACKBONE_OPTIONS}
+        assert {*stated} == options - {"max-pixels", "pos-embed", "pool"}
     if name.startswith("main_"):
         given = ["DIR"] if name == "main_moco" else ["DIR", "--pretrained", "CKPT"]
         for flag, default in vars(__import__(name).parse_args(given)).items():
@@ -86,9 +90,17 @@ def test_recipe_that_cannot_be_read_is_refused(parser, tmp_path, content):
         parser.parse_args([f"@{recipe}"])
 
 
-def test_recipe_that_is_missing_is_named(parser):
-    with pytest.raises(UserError, match=r"can't read the recipe nope\.txt: No such file"):
-        parser.parse_args(["DIR", "@nope.txt"])
+@pytest.mark.parametrize("name", ["nope.txt", "a word", "it's", ""])
+def test_recipe_that_is_missing_is_named(parser, name):
+    with pytest.raises(UserError) as error:
+        parser.parse_args(["DIR", f"@{name}"])
+    assert str(error.value).startswith(f"can't read the recipe {name!r}: No such file")
+
+
+def test_a_recipe_whose_name_has_a_space_may_stand_in_another(parser, tmp_path):
+    (tmp_path / "my file.txt").write_text("--epochs 3\n")
+    (tmp_path / "outer.txt").write_text(f"DIR '@{tmp_path}/my file.txt'\n")
+    assert parser.parse_args([f"@{tmp_path}/outer.txt"]).epochs == 3
 
 
 @pytest.mark.parametrize("words, size", [("96", (96,)), ("96 160", (96, 160))])
