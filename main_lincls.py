@@ -47,7 +47,8 @@ def parse_args(argv=None):
 
     add = flags.add_evaluation_flags(parser)
     add("--knn", "measure kNN accuracy, before the probe", action="store_true")
-    add("--knn-bank", "training images that kNN searches; all by default", type=flags.positive_int)
+    bank = "training images that kNN searches (default: all)"
+    add("--knn-bank", bank, type=flags.positive_int)
     flags.add_run_flags(parser)
     flags.add_compile_flag(flags.add_hardware_flags(parser))
     args = parser.parse_args(argv)
@@ -127,11 +128,14 @@ def freeze(backbone):
 
 def print_knn(args, splits, backbone, config, env):
     knn = KNN(splits, config.img_size, args.knn_bank, args.workers, env)
-    k_values = [k for k in (10, 20, 100, 200) if k <= len(knn.bank_indices)] or [knn.k]
+    k_values = sorted({k for k in (10, 20, 100, 200) if k <= len(knn.bank_indices)} | {knn.k})
     unreadable = UnreadableImages(args.max_bad_images)
     for k, accuracy in zip(k_values, knn(backbone, unreadable, k_values)):
         remark = unreadable.remark(splits.val)
-        launch.print_rank0(f"kNN     {accuracy:.2f} % with k {k}, bank {knn.num_read:,}{remark}")
+        logged = " (that of the pre-training log)" if k == knn.k else ""
+        launch.print_rank0(
+            f"kNN     {accuracy:.2f} % with k {k}{logged}, bank {knn.num_read:,}{remark}"
+        )
 
 
 def evaluate_saved(args, env):
@@ -258,7 +262,8 @@ def log_accuracies(args, run, val, accuracies):
     for lr, (acc1, acc5) in zip(args.lr, accuracies):
         suffix = f"/lr{lr:g}" if len(args.lr) > 1 else ""
         values |= {f"acc1{suffix}": acc1, f"acc5{suffix}": acc5}
-    run.log_eval(f"top-1 {max(accuracies)[0]:.2f} %", val, **values)
+    highest = "highest " if len(args.lr) > 1 else ""
+    run.log_eval(f"{highest}top-1 {max(accuracies)[0]:.2f} %", val, **values)
 
 
 def print_results(args, splits, classifiers, results, run):

@@ -207,7 +207,8 @@ class MetricLogger:
     def _summary(self, loss, with_eval=True):
         chance = f" (chance {self.latest['chance']:.2f})" if "chance" in self.latest else ""
         last_eval = f", {self.last_eval}" if self.last_eval and with_eval else ""
-        return f"loss {loss:.3f}{chance}{last_eval}"
+        lowest = "lowest " if is_sweep(self.latest) else ""
+        return f"{lowest}loss {loss:.3f}{chance}{last_eval}"
 
     def _fractional_epoch(self):
         return round(self.step / self.steps_per_epoch, 6)
@@ -229,6 +230,11 @@ class MetricLogger:
     def _write_pending(self):
         with suppress(OSError):  # a full disk: the next line brings these along
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+
+
+def is_sweep(line):
+    """Whether a line is of several learning rates: its loss is the lowest of theirs."""
+    return sum(key.startswith("lr/") for key in line) > 1
 
 
 def read_log(path):

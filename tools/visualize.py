@@ -37,14 +37,15 @@ from engine.weights import create_pretrained_backbone
 from moco.builder import l2_normalize
 
 SAME_CLASS, OTHER_CLASS = "#1a9850", "#d7301f"  # frames of neighbours
+DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 4)))  # of curves
 
 
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__)
     pictures = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
 
-    def add_picture(name, help):
-        picture = pictures.add_parser(name, help=help, description=help)
+    def add_picture(name, help, usage="%(prog)s DIR --pretrained CKPT [FLAGS]"):
+        picture = pictures.add_parser(name, help=help, description=help, usage=usage)
         out = dict(type=Path, default=f"{name}.png", metavar="PNG")
         picture.add_argument("--out", help="file to write (default: %(default)s)", **out)
         return picture
@@ -66,7 +67,7 @@ def parse_args(argv=None):
     add("-k", type=flags.positive_int, default=8, metavar="N", help="nearest images of each")
     bank = "training images that are searched (default: all)"
     add("--knn-bank", type=flags.positive_int, metavar="IMAGES", help=bank)
-    picture = add_picture("curves", "log.jsonl of several runs, overlaid")
+    picture = add_picture("curves", "log.jsonl of several runs, overlaid", usage=None)
     picture.add_argument("runs", nargs="+", metavar="RUN", help="--output-dir of a run")
     panels = "which metrics to draw (default: all)"
     picture.add_argument("--panels", nargs="+", choices=plots.PANELS, help=panels)
@@ -121,14 +122,15 @@ def draw_curves(logs, panels=None):
     figure, axes_of = plots.create_panels(measured & set(panels or measured))
     for panel, axes in axes_of.items():
         keys = list(dict.fromkeys(key for run in runs for key in run[panel]))
-        dashes = dict(zip(keys, itertools.cycle(("-", "--", ":", "-."))))
+        dashes = dict(zip(keys, itertools.cycle(DASHES)))
         for i, run in enumerate(runs):
             for key, points in run[panel].items():
                 style = dict(color=f"C{i}", ls=dashes[key], lw=1.2)
                 axes.plot(*zip(*points), **style, marker=plots.marker(panel, points))
         if len(keys) > 1:
-            handles = [Line2D([], [], color="gray", ls=dashes[key], label=key) for key in keys]
-            axes.legend(fontsize=8, handles=handles)
+            names = {key: plots.curve_name(key) for key in keys}
+            handles = [Line2D([], [], color="gray", ls=dashes[k], label=names[k]) for k in keys]
+            plots.add_legend(axes, handles)
         plots.finish_panel(axes, panel, all_lines)
     add_run_legend(figure, list(logs))
     return figure
@@ -257,7 +259,7 @@ def draw_attention(images, maps, captions, pixel_format=RGB):
             set_caption(cell, f"max {weights.max():.2f}")
     uniform = 1 / maps[0, 0].numel()
     text = f"bright: where the class token looks, from 0 to {maps.max():.2f}; evenly: {uniform:.3f}"
-    figure.supxlabel(text, fontsize=8)
+    add_note(figure, text)
     return figure
 
 
@@ -329,7 +331,7 @@ def draw_pca(images, colors, explained, captions, pixel_format=RGB):
         "red, green, blue: first three principal components of the patches of all images, "
         f"{100 * explained:.0f} % of their variance"
     )
-    figure.supxlabel(textwrap.fill(text, int(figure.get_figwidth() / 0.065)), fontsize=8)
+    add_note(figure, text)
     return figure
 
 
@@ -416,7 +418,14 @@ def draw_neighbours(
     k = found.shape[1]
     figure, axes = create_grid(len(queries), 1 + k, height / width, caption_lines=2)
     axes[0, 0].set_title("query", fontsize=10)
-    axes[0, 1].set_title("nearest (cosine, centered)", fontsize=10, loc="left").set_in_layout(False)
+    axes[0, 1].set_title("nearest first", fontsize=10, loc="left").set_in_layout(False)
+    text = (
+        "nearest by cosine, as in kNN; the numbers are cosines without the mean feature, and need "
+        "not fall in this order"
+    )
+    if same_class is not None:
+        text += "; green: the class of the query, dashed red: another"
+    add_note(figure, text)
     for i, row in enumerate(axes):
         show_image(row[0], queries[i], pixel_format)
         set_caption(row[0], query_captions[i])
@@ -492,6 +501,13 @@ def create_grid(rows, columns, aspect, caption_lines=1):
     figure.get_layout_engine().set(w_pad=0.04, h_pad=0.03, wspace=0, hspace=0)
     no_ticks = dict(xticks=[], yticks=[])
     return figure, figure.subplots(rows, columns, squeeze=False, subplot_kw=no_ticks)
+
+
+def add_note(figure, text):
+    """What the picture shows, below it."""
+    text = textwrap.fill(text, int(figure.get_figwidth() / 0.065))
+    figure.set_figheight(figure.get_figheight() + 0.15 * text.count("\n"))
+    figure.supxlabel(text, fontsize=8)
 
 
 def show_image(cell, image, pixel_format):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine import log, plots
+from engine.data.decode import PixelFormat, decode_image
 from engine.log import MEASURED, MetricLogger, read_log
 from engine.plots import collect_curves, plot_curves, plot_views
 from engine.run import versions
@@ -157,6 +158,35 @@ def test_gradients_have_an_axis_of_plain_numbers(tmp_path, monkeypatch, values):
     labels = axes.get_yticklabels(minor=True) + axes.get_yticklabels()
     labels = [label.get_text() for label in labels if label.get_text()]
     assert labels and all(float(label) > 0 for label in labels)
+
+
+def test_views_are_drawn_pixel_by_pixel_below_what_they_are(tmp_path):
+    views = torch.randint(256, (2, 12, 3, 64, 96)) / 255
+    plot_views(tmp_path, *views, PixelFormat(mean=(0,) * 3, std=(1,) * 3))
+    drawn = decode_image((tmp_path / "views.png").read_bytes())[:, -260:, -1940:]
+    rows = drawn.view(3, 2, 130, 10, 194)[:, :, :128, :, :192]  # enlarged twice, 2 apart
+    expected = views[:, :10].permute(2, 0, 3, 1, 4).mul(255).round()
+    assert (rows[:, :, ::2, :, ::2] == expected).all() and (
+        rows[:, :, 1::2, :, 1::2] == expected
+    ).all()
+
+
+def test_of_a_sweep_the_loss_is_called_the_lowest_and_no_curve_is_hidden(
+    tmp_path, monkeypatch, logger, capsys
+):
+    lrs = {f"lr/{i}": 1.0 for i in range(6)}
+    logger.add_step(1, loss=torch.tensor(3.0), **lrs)
+    logger.log_steps(logger.read_steps())
+    logger.print_epoch(1)
+    assert "lowest loss 3.000" in capsys.readouterr().out
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    plot_curves(tmp_path)
+    figures[0].canvas.draw()
+    loss, lr = figures[0].axes
+    assert "lowest" in loss.get_title() and loss.get_legend() is None
+    assert lr.get_legend().get_window_extent().x0 >= lr.get_window_extent().x1
+    assert [text.get_text() for text in lr.get_legend().get_texts()] == list("012345")
 
 
 def test_a_key_with_a_rate_is_a_curve_of_its_panel():
