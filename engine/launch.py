@@ -296,41 +296,42 @@ def check_same_on_all_ranks(values, hint):
 
 
 def _while_others_wait(make):
-    """make(), or its UserError, on the ranks that have one; None on the others, which wait.
+    """make() of this rank; a UserError of any rank is raised on all. All ranks call it.
 
-    They wait as long as it takes, while a thread beside make() tells them that its process lives:
-    --timeout is for one that doesn't. All ranks call it.
+    Each waits for the slowest as long as it takes, while a thread beside make() tells the others
+    that its process lives: --timeout is for one that doesn't.
     """
-    done = threading.Event()
+    done, result, error = threading.Event(), None, None
 
     def keep_in_step():
         while all_reduce_max(int(not done.wait(HEARTBEAT_SECONDS))):
             pass
 
-    if make is None:
-        done.set()
-        keep_in_step()
-        return None
     with ThreadPoolExecutor(1) as executor:
         others = executor.submit(keep_in_step)
         try:
             result = make()
-        except UserError as error:
-            result = error
+        except UserError as raised:
+            error = raised
         finally:
             done.set()
     others.result()  # raises if another process is gone
+    for raised in all_gather_object(error):
+        if raised is not None:
+            raise raised
     return result
+
+
+def _nothing():
+    return None
 
 
 def on_rank0(make):
     """make() on rank 0; its result, or its UserError, on every rank. All ranks call it."""
     if world_size() == 1:
         return make()
-    results = [_while_others_wait(make if is_main() else None)]
+    results = [_while_others_wait(make if is_main() else _nothing)]
     dist.broadcast_object_list(results)
-    if isinstance(results[0], UserError):
-        raise results[0]
     return results[0]
 
 
@@ -342,18 +343,10 @@ def rank0_first(load):
     """
     if world_size() == 1:
         return load(download=True)
-    turn = 0 if is_main() else 1 if local_rank() == 0 else 2
-    result = None
-    for current in range(3):
-        if current == turn:
-            result = _while_others_wait(partial(load, download=turn < 2))
-        else:
-            _while_others_wait(None)
-        error = result if isinstance(result, UserError) else None
-        for raised in all_gather_object(error):
-            if raised is not None:
-                raise raised
-    return result
+    own_turn = 0 if is_main() else 1 if local_rank() == 0 else 2
+    turns = [_nothing] * 3
+    turns[own_turn] = partial(load, download=own_turn < 2)
+    return [_while_others_wait(make) for make in turns][own_turn]
 
 
 class _SyncBatchNorm(ViewBatchNorm):
