@@ -53,19 +53,8 @@ class BackboneConfig:
 
     def to_dict(self):
         """Flat, as checkpoints and args.json hold it."""
-        return dict(
-            arch=self.arch,
-            img_size=self.img_size,
-            patch_size=self.patch_size,
-            small_stem=self.small_stem,
-            vit_pos_embed=self.pos_embed,  # "pos_embed" is a weight
-            vit_pool=self.pool,
-            in_chans=self.pixel_format.in_chans,
-            mean=self.pixel_format.mean,
-            std=self.pixel_format.std,
-            value_range=self.pixel_format.value_range,
-            interpolation=self.interpolation,
-        )
+        entries = vars(self) | self.pixel_format._asdict()
+        return {n: v for n, v in entries.items() if n not in ("pixel_format", "max_pixels")}
 
 
 def choose_config(options, stated=None, path=None):
@@ -84,8 +73,7 @@ def choose_config(options, stated=None, path=None):
         raise UserError(
             f"{path} is for {stated['in_chans']} channel(s): drop --in-chans {in_chans}"
         )
-    chosen = {name: value for name, value in stated.items() if value}
-    chosen |= {name: value for name, value in options.items() if value}
+    chosen = {name: value for name, value in (*stated.items(), *options.items()) if value}
     n, patch_size = chosen.get("in_chans", 3), chosen.get("patch_size")
     # The averages of ImageNet's where there are not three channels.
     mean = chosen.get("mean", IMAGENET_MEAN if n == 3 else (GRAY_MEAN,) * n)
@@ -96,7 +84,6 @@ def choose_config(options, stated=None, path=None):
             raise UserError(f"{flag} takes one number per channel: {n}, not {len(values)}")
         if not all(map(math.isfinite, values)) or (flag == "--std" and min(values) <= 0):
             raise UserError(f"{flag} {' '.join(map(str, values))} can't normalize{where}")
-    _check_arch(chosen["arch"])
     value_range, max_pixels = chosen.get("value_range"), chosen.get("max_pixels", MAX_PIXELS)
     if value_range is not None:
         low, high = value_range = tuple(value_range)
@@ -106,10 +93,8 @@ def choose_config(options, stated=None, path=None):
         arch=chosen["arch"],
         img_size=to_pair(chosen.get("img_size") or default_img_size(chosen["arch"])),
         patch_size=to_pair(patch_size) if patch_size else None,
-        small_stem=chosen.get("small_stem", False),
-        pos_embed=chosen.get("pos_embed") or chosen.get("vit_pos_embed", "sincos"),
-        pool=chosen.get("pool") or chosen.get("vit_pool", "token"),
         pixel_format=PixelFormat(n, tuple(mean), tuple(std), value_range, max_pixels),
+        **{name: chosen[name] for name in ("small_stem", "pos_embed", "pool") if name in chosen},
     )
 
 
@@ -125,11 +110,11 @@ def create_backbone(config, stop_grad_conv1=False, drop_path=0.0):
     drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
     """
     arch = config.arch
+    _check_arch(arch)
     if arch not in VITS and (config.pos_embed, config.pool) != ("sincos", "token"):
         raise UserError(f"--pos-embed and --pool are for the ViTs of vits.py, not for {arch}")
     if arch not in RESNETS and config.small_stem:
         raise UserError(f"--small-stem is for torchvision's ResNets, not for {arch}: drop it")
-    _check_arch(arch)
     if arch in VITS:
         return create_vit(config, stop_grad_conv1, drop_path)
     if arch.startswith("timm/"):

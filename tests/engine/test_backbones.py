@@ -296,7 +296,7 @@ def test_synchronized_on_cuda_they_keep_their_activations(monkeypatch):
 
 
 def test_options_win_over_what_a_file_states():
-    stated = dict(arch="vit_nano", img_size=[32, 64], patch_size=8, vit_pool="avg", in_chans=1,
+    stated = dict(arch="vit_nano", img_size=[32, 64], patch_size=8, pool="avg", in_chans=1,
                   mean=[0.2], std=[0.3])  # fmt: skip
     config = choose_config(dict(img_size=16, std=(0.4,), arch=None), stated, "x.pth")
     assert (config.img_size, config.patch_size, config.pool) == ((16, 16), (8, 8), "avg")
