@@ -205,14 +205,9 @@ def dataset_digest(dataset, class_names=None):
     if isinstance(dataset, ImageFileDataset):
         parts += [dataset.paths.ends, dataset.paths.characters]
     if dataset.labels is not None:
-        present, labels = dataset.labels.unique(return_inverse=True)
-        present = present.tolist()
-        names = [str(i) if class_names is None else class_names[i] for i in present]
-        sorted_names = sorted(names)
-        index = {name: i for i, name in enumerate(sorted_names)}
-        sorted_index = torch.tensor([index[name] for name in names])
-        parts.append("\0".join(sorted_names).encode(errors="surrogatepass"))
-        parts.append(sorted_index[labels].numpy())
+        labels = dataset.labels.tolist()
+        names = [str(i) if class_names is None else class_names[i] for i in labels]
+        parts.append("\0".join(names).encode(errors="surrogatepass"))
     parts += [dataset.raw_bytes(i) for i in evenly_spaced(len(dataset), DIGEST_IMAGES).tolist()]
     hasher = hashlib.sha256()
     for part in parts:  # each hashed for itself, so that none runs into the next
