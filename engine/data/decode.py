@@ -172,11 +172,11 @@ def _upright(image, orientation):
     """[..., H, W] as stored → as it is to be seen; orientation: EXIF's, other values do nothing."""
     if orientation in (5, 6, 7, 8):
         image = image.mT
-    if orientation in (2, 6):
-        return image.flip(-1)
-    if orientation in (4, 8):
-        return image.flip(-2)
-    return image.flip(-2, -1) if orientation in (3, 7) else image
+    if orientation in (2, 3, 6, 7):
+        image = image.flip(-1)
+    if orientation in (3, 4, 7, 8):
+        image = image.flip(-2)
+    return image
 
 
 # The colors that are read, and their samples without alpha.
