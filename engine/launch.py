@@ -182,7 +182,10 @@ def _store_of_this_restart(store, rank, world_size, timeout):
             other_id = store.get(f"{own_id}/{other}").decode()
             store.set(f"{own_id}/{other_id}/admitted", "")
         # All old processes are gone. NCCL's watchdogs leave a key that would end the new ones, too.
-        _innermost(store).delete_key("exception_dump")
+        innermost = store
+        while isinstance(innermost, dist.PrefixStore):  # torchrun's
+            innermost = innermost.underlying_store
+        innermost.delete_key("exception_dump")
         return dist.PrefixStore(own_id, store)
     start = time.monotonic()
     while time.monotonic() - start < timeout:
@@ -192,13 +195,6 @@ def _store_of_this_restart(store, rank, world_size, timeout):
             return dist.PrefixStore(generation, store)
         time.sleep(0.01)
     raise dist.DistStoreError(f"rank 0 did not come within {timeout:g} seconds")
-
-
-def _innermost(store):
-    """The store inside torchrun's prefixes."""
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    return store
 
 
 def choose_amp_dtype(amp, device):
