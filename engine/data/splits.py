@@ -1,6 +1,7 @@
 """DIR → its splits; the labels of one set, numbered as another set or a classifier numbers them."""
 
 import copy
+import functools
 from collections import Counter
 from typing import NamedTuple
 
@@ -28,15 +29,15 @@ def open_source(path, pixel_format=RGB, data_root="data"):
 class Source:
     """The images of DIR. Each split is read when it is asked for, by all ranks, and then kept.
 
-    parts: {"train": function that returns its Part, "val": …}, or {"all": …} without splits.
+    readers: {"train": function that returns its Part, "val": …}, or {"all": …} without splits.
     """
 
-    def __init__(self, path, parts, remarks=()):
+    def __init__(self, path, readers, remarks=()):
         self.path, self.remarks = path, remarks
-        self._parts, self._read = parts, {}
+        self._readers = {split: functools.cache(read) for split, read in readers.items()}
 
     def has_val(self):
-        return "val" in self._parts
+        return "val" in self._readers
 
     def has_both(self):
         return {"train", "val"} <= self._parts.keys()
@@ -59,12 +60,10 @@ class Source:
 
     def _get(self, *names):
         for name in names:
-            if name in self._parts:
-                if name not in self._read:
-                    self._read[name] = self._parts[name]()
-                return self._read[name]
+            if name in self._readers:
+                return self._readers[name]()
         kinds = "train" if "train" in names else "val"
-        there = " and ".join(sorted(self._parts)).replace("all", "images in no split")
+        there = " and ".join(sorted(self._readers)).replace("all", "images in no split")
         hint = ", or give --val DIR" if kinds == "val" else ""
         raise UserError(
             f"{self.path} has no {kinds}, only {there}: docs/data.md has the forms{hint}"
