@@ -65,19 +65,15 @@ class MetricLogger:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         self.file = open(self.path, "ab", buffering=0)
         if self.tensorboard:
-            self._open_tensorboard()
+            from torch.utils.tensorboard import SummaryWriter
+
+            with self._tensorboard_may_fail():
+                self.writer = SummaryWriter(self.path.parent, purge_step=step + 1 if step else None)
         if sys.stderr.isatty():
             # Its monitor thread prints, and could be taken for a decoder's warning.
             tqdm.monitor_interval = 0
             total = self.epochs * self.steps_per_epoch
             self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
-
-    def _open_tensorboard(self):
-        from torch.utils.tensorboard import SummaryWriter
-
-        with self._tensorboard_may_fail():
-            first_step = self.step + 1 if self.step else None
-            self.writer = SummaryWriter(self.path.parent, purge_step=first_step)
 
     @contextmanager
     def _tensorboard_may_fail(self):
@@ -248,12 +244,7 @@ def read_log(path):
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, RecursionError):
             line = json.loads(text)
-            if _is_log_line(line):
+            is_ours = isinstance(line, dict) and {"epoch", "step"} <= line.keys()
+            if is_ours and all(type(value) in (int, float) for value in line.values()):
                 lines.append(line)
     return lines
-
-
-def _is_log_line(line):
-    if not isinstance(line, dict) or not {"epoch", "step"} <= line.keys():
-        return False
-    return all(type(value) in (int, float) for value in line.values())
