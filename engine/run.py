@@ -53,10 +53,7 @@ def find_checkpoints(folder, resume):
     num_restarts = all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     if existing and (resume == "auto" or num_restarts > 0):
         return existing
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        names = []
+    names = os.listdir(folder) if exists(folder) and folder.is_dir() else []
     kept = any(map(KEPT_NAMES.fullmatch, names))
     crashed = f"{LAST}.tmp" in names  # in its first save
     resumes_here = path is not None and path.resolve().parent == folder.resolve()
@@ -381,33 +378,28 @@ class Run:
         One that the next save would not replace, for it is the last or kept, is tried twice.
         """
         self.unreadable.sync(self.loader.dataset)
-        state = self._state()
+        state, last = self._state(), self.folder / LAST
+        num_attempts = 2 if keep_as or self.epoch == self.epochs else 1
 
         def write():
-            failures = self._write(state, keep_as, self.failed_saves)
-            if failures and (keep_as or self.epoch == self.epochs):
-                time.sleep(1)
-                failures = self._write(state, keep_as, failures)
-            return failures
+            for attempt in range(num_attempts):
+                time.sleep(attempt)  # seconds
+                try:
+                    # A file that this run has not read may be damaged: it displaces no checkpoint.
+                    self._save_file(state, keep_as=keep_as, keep_previous=self.newest == last)
+                    self.newest = last
+                    return 0
+                except OSError as error:
+                    text = f"can't save to {self.folder} after step {self.step}"
+                    text = f"{text}: {first_line(error)}; the checkpoint before is intact"
+                    print_line(text, sys.stderr)
+            return self.failed_saves + num_attempts
 
         self.failed_saves = on_rank0(write)  # no rank continues or exits while rank 0 writes
         self.saved_at = time.monotonic()
         if self.failed_saves > 1:
             text = "two saves in a row failed: free some disk space, then --resume auto"
             raise UserError(text, exit_code=1)
-
-    def _write(self, state, keep_as, failures):
-        """→ the number of failures in a row, of which there were `failures` before."""
-        last = self.folder / LAST
-        try:
-            # A file that this run has not read may be damaged: it displaces no checkpoint.
-            self._save_file(state, keep_as=keep_as, keep_previous=self.newest == last)
-            self.newest = last
-            return 0
-        except OSError as error:
-            text = f"can't save to {self.folder} after step {self.step}: {first_line(error)}"
-            print_line(f"{text}; the checkpoint before is intact", sys.stderr)
-            return failures + 1
 
     def save_model(self, name, model, **extra):
         """A model's weights and the run's metadata, without what resumption needs.
