@@ -170,11 +170,9 @@ def load_optimizer(optimizer, state):
             expected = () if name == "step" else params[i].shape
             if value.shape != expected:
                 raise ValueError(f"the optimizer's {name} has another shape")
+            # In the memory format of the weights: fused AdamW on a CPU trusts that they agree, and
+            # computes wrong numbers if not (torch 2.6 as 2.15).
+            if value.ndim:
+                values[name] = torch.empty_like(params[i], dtype=value.dtype).copy_(value)
     hyper_parameters = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": hyper_parameters})
-    # The state in the memory format of the weights: fused AdamW on a CPU trusts that they agree,
-    # and computes wrong numbers if not (torch 2.6 as 2.15).
-    for p, values in optimizer.state.items():
-        for name, value in values.items():
-            if value.ndim:
-                values[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
