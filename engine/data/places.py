@@ -33,8 +33,8 @@ def find_places(root):
     _check_form(root)
     if not root.is_dir():
         return ({} if is_archive(root.name) else {"all": [root]}), ()
-    seen, is_leading = {}, True
-    while is_leading:
+    seen = {}
+    while True:
         entries, _ = scandir(root, seen)
         folders = sorted(name for name, is_dir in entries if is_dir)
         files = sorted(name for name, is_dir in entries if not is_dir)
@@ -42,9 +42,9 @@ def find_places(root):
         lists = [name for name in files if name.endswith(".txt") and layout.split_of(name[:-4])]
         num_images = sum(name.lower().endswith(IMAGES) for name in files)
         is_alone = len(folders) == 1 and not (lists or archives or num_images)
-        is_leading = is_alone and layout.split_of(folders[0]) is None
-        if is_leading:
-            root /= folders[0]
+        if not is_alone or layout.split_of(folders[0]) is not None:
+            break
+        root /= folders[0]
 
     found = {}  # split → names; a list is preferred to a folder, and a folder to archives
     for name in archives:
