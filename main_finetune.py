@@ -177,7 +177,7 @@ def finetune(args, env):
         for epoch in range(run.epoch + 1, args.epochs + 1):
             train_one_epoch(args, run, ddp_model, model, ema, loader, mixup, optimizer, scaler)
             classify = classify_images(ema.module if args.evaluate_ema else model, env)
-            [(acc1, acc5)] = evaluation.accuracy(
+            [(acc1, acc5)] = evaluation.measure_accuracy(
                 classify, 1, splits.val, config, args.workers, env, run.unreadable
             )
             [is_best] = results.update([(acc1, acc5)], epoch)

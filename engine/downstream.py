@@ -45,7 +45,7 @@ def load_test_splits(args, config, class_names, classifier):
 def print_accuracy(args, classify, splits, config, env):
     """The accuracy of a single classifier on splits.val, in a line."""
     unreadable = UnreadableImages(args.max_bad_images)
-    [(acc1, acc5)] = evaluation.accuracy(
+    [(acc1, acc5)] = evaluation.measure_accuracy(
         classify, 1, splits.val, config, args.workers, env, unreadable
     )
     text = evaluation.format_accuracy(acc1, acc5, splits.num_classes)

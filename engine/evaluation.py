@@ -59,7 +59,7 @@ def iterate_eval_batches(
 
 @torch.no_grad()
 @eagerly
-def accuracy(classify, num_classifiers, dataset, config, workers, env, unreadable=None):
+def measure_accuracy(classify, num_classifiers, dataset, config, workers, env, unreadable=None):
     """Accuracy of several classifiers in one pass over labelled images → [(acc1, acc5)], in %.
 
     classify: normalized images [n, C, H, W] → a list of logits [n, num_classes], one for each
@@ -133,7 +133,7 @@ class KNN:
         """encoder: images → features [N, encoder.num_features] → accuracy in %, for each k."""
         with eval_mode(encoder):
             bank, is_read = self.encode_bank(encoder, unreadable)
-            return self.accuracy(encoder, bank, is_read, unreadable, k_values)
+            return self.measure(encoder, bank, is_read, unreadable, k_values)
 
     def encode_bank(self, encoder, unreadable=None):
         """Features [b, d] of the bank's images, which of them were read [b]; on every rank."""
@@ -141,7 +141,7 @@ class KNN:
         return encode_dataset(encoder, dataset, self.bank_indices, *self.settings, unreadable)
 
     @eagerly
-    def accuracy(self, encoder, bank, is_read, unreadable=None, k_values=None):
+    def measure(self, encoder, bank, is_read, unreadable=None, k_values=None):
         """bank, is_read: as encode_bank returns them → accuracy in %, for each k."""
         labels = self.splits.train.labels[self.bank_indices].to(self.env.device)
         if not is_read.all():
@@ -193,7 +193,7 @@ class FeatureMonitor:
         with eval_mode(encoder):
             if self.knn is not None:
                 h, is_read = self.knn.encode_bank(encoder, unreadable)
-                [values["knn"]] = self.knn.accuracy(encoder, h, is_read, unreadable)
+                [values["knn"]] = self.knn.measure(encoder, h, is_read, unreadable)
             if not self.shares_bank:
                 indices = evenly_spaced(len(self.dataset), RANKME_IMAGES)
                 h, is_read = encode_dataset(

@@ -78,7 +78,7 @@ def main(args):
 
     model.requires_grad_(False).eval().to(env.device)
     k = args.top_k or min(5, num_classes)
-    # At least the 5 of evaluation.accuracy, so that equal logits are ranked alike.
+    # At least the 5 of evaluation.measure_accuracy, so that equal logits are ranked alike.
     num_kept = max(k, min(5, num_classes))
     predicted, scores = predict(model, num_kept, part.dataset, config, args.workers, env)
     if (predicted < 0).all():

@@ -12,10 +12,10 @@ from engine.data.splits import Splits, load_splits, open_source
 from engine.evaluation import (
     KNN,
     AccuracyRecord,
-    accuracy,
     format_accuracy,
     iterate_eval_batches,
     knn_predict,
+    measure_accuracy,
     rankme,
 )
 from engine.log import read_log
@@ -107,7 +107,7 @@ def test_accuracy_is_that_of_sorted_logits_and_a_diverged_classifier_is_wrong():
         mine, rest = rest[: len(batch)], rest[len(batch) :]
         return [mine, torch.full_like(mine, torch.nan)]
 
-    first, diverged = accuracy(classify, 2, dataset, CONFIG, 0, ENV)
+    first, diverged = measure_accuracy(classify, 2, dataset, CONFIG, 0, ENV)
     order = logits.argsort(1, descending=True)
     assert first[0] == pytest.approx(100 * (order[:, 0] == labels).float().mean().item())
     top5 = (order[:, :5] == labels[:, None]).any(1).float().mean().item()
@@ -118,7 +118,7 @@ def test_scores_of_classes_without_images_are_kept():
     """A part of the classes is measured among all of them: a wrong one may win."""
     images = ArrayDataset(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), [0, 1])
     logits = torch.tensor([[2.0, 1.0, 0.0, 0, 0, 0, 0], [1.0, 2.0, 3.0, 0, 0, 0, 0]])
-    [(acc1, acc5)] = accuracy(lambda x: [logits], 1, images, CONFIG, 0, ENV)
+    [(acc1, acc5)] = measure_accuracy(lambda x: [logits], 1, images, CONFIG, 0, ENV)
     assert (acc1, acc5) == (50, 100)
 
 

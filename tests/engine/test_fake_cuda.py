@@ -238,7 +238,7 @@ def test_features_and_knn_are_on_the_device(monkeypatch):
     knn = evaluation.KNN(splits, 32, None, 0, ENV)
     with fake_cuda():
         bank, _ = knn.encode_bank(to_fake(encoder, CUDA).eval())
-        assert knn.accuracy(encoder, bank, is_read, k_values=[1, 5]) == [0, 0]
+        assert knn.measure(encoder, bank, is_read, k_values=[1, 5]) == [0, 0]
     assert len(reduced) == 4  # features, what was read, how many, hits
 
 

@@ -27,7 +27,7 @@ from engine.data.splits import Splits, open_source
 from engine.data.timm_crops import TransformedCrops, create_training_transform
 from engine.data.unreadable import UnreadableImages
 from engine.errors import UserError
-from engine.evaluation import KNN, accuracy
+from engine.evaluation import KNN, measure_accuracy
 from moco.augmentation import normalize
 
 CPU = ENV.device
@@ -312,13 +312,13 @@ def test_an_image_that_cannot_be_read_is_not_recognised():
     dataset.labels = dataset.labels % 256
     unreadable = UnreadableImages(1)
     config = BackboneConfig("vit_nano", img_size=(8, 8))
-    [(acc1, _)] = accuracy(classify, 1, dataset, config, 0, ENV, unreadable)
+    [(acc1, _)] = measure_accuracy(classify, 1, dataset, config, 0, ENV, unreadable)
     assert acc1 == pytest.approx(100 * (600 - 256) / 600) and len(unreadable.all) == 256
     nothing = numbered(600, range(600))
     with pytest.raises(
         UserError, match="none of the 600 images to validate could be read"
     ) as error:
-        accuracy(classify, 1, nothing, config, 0, ENV, UnreadableImages(1))
+        measure_accuracy(classify, 1, nothing, config, 0, ENV, UnreadableImages(1))
     assert error.value.exit_code == 1
 
 
