@@ -36,6 +36,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **kwargs,
         )
+        self.register("type", None, str)  # of a RecipeWord, too: checkpoints hold plain types
         self.may_change = set()
 
     def group(self, title, may_change=False):
@@ -84,8 +85,9 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(extra[0], self._option_string_actions, n=1)
             hint = f", did you mean {near[0]}?" if near else ""
             self.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
+        if isinstance(getattr(args, "data", None), RecipeWord):
+            args.data = str(args.data)
         for name, value in vars(args).items():
-            setattr(args, name, _plain(value))
             if value == "":  # an unset variable of the shell; it would pass for a missing flag
                 flag = "DIR" if name == "data" else f"--{name.replace('_', '-')}"
                 self.error(f"{flag} is an empty text")
@@ -112,13 +114,6 @@ def _expand(word):
     if unset:
         raise ValueError(f"{unset[0]} is not set")
     return expanded
-
-
-def _plain(value):
-    """RecipeWords, also in lists and tuples, as str: checkpoints hold plain types."""
-    if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value))
-    return str(value) if isinstance(value, RecipeWord) else value
 
 
 def run_script(main, parse_args):

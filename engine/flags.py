@@ -36,7 +36,7 @@ def add_image_flags(parser, in_chans=3):
     """in_chans None: the weights state it."""
     add, channels = parser.group("images"), dict(nargs="+", metavar="X")
     forms = f"folder of images, list.txt, .tar, hf:NAME, or one of: {' '.join(NAMED_SETS)}"
-    add("data", forms, metavar="DIR", may_change=True)
+    add("data", forms, metavar="DIR", type=lambda word: word, may_change=True)
     add("--data-root", "where named data sets are downloaded to", default="data", may_change=True)
     stated = f"{STATED}, else " if in_chans is None else ""
     gray = f"channels of the images; 1: gray (default: {stated}3)"
