@@ -10,6 +10,7 @@ It comes without a classifier: an Identity stands at `backbone.classifier_name`,
 
 import difflib
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import timm
@@ -17,6 +18,7 @@ import torch
 import torchvision
 from timm.layers import PatchEmbed
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import vits
 from engine.data.decode import MAX_PIXELS, RGB, PixelFormat
@@ -216,20 +218,15 @@ def _create_model_dropping_unknown_options(arch, in_chans, options):
 
     timm raises a TypeError for another: "… got an unexpected keyword argument 'img_size'".
     """
-    try:
-        while True:
-            try:
-                backbone = timm.create_model(
-                    arch[5:], pretrained=False, num_classes=0, in_chans=in_chans, **options
-                )
-                return backbone, options
-            except TypeError as error:
-                kept = {k: v for k, v in options.items() if f"'{k}'" not in str(error)}
-                if len(kept) == len(options):
-                    raise
-                options = kept
-    except Exception as error:
-        raise UserError(f"timm can't build {arch} with {options}: {first_line(error)}") from None
+    while True:
+        try:
+            return timm.create_model(arch[5:], num_classes=0, in_chans=in_chans, **options), options
+        except Exception as error:
+            kept = {k: v for k, v in options.items() if f"'{k}'" not in str(error)}
+            if not isinstance(error, TypeError) or len(kept) == len(options):
+                reason = f"with {options}: {first_line(error)}"
+                raise UserError(f"timm can't build {arch} {reason}") from None
+            options = kept
 
 
 def _classifier_name(backbone, arch):
@@ -262,10 +259,18 @@ class Classifier(nn.Linear):
 @torch.no_grad()
 def dry_run(backbone, img_size, in_chans=3):
     """Features of a black image, [1, d]; leaves no trace in BatchNorm."""
-    training = backbone.training
-    h = backbone.eval()(torch.zeros(1, in_chans, *to_pair(img_size)))
-    backbone.train(training)
-    return h
+    with eval_mode(backbone):
+        return backbone(torch.zeros(1, in_chans, *to_pair(img_size)))
+
+
+@contextmanager
+def eval_mode(module):
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def check_bf16_conv_gradients(backbone, config, env):
@@ -276,22 +281,17 @@ def check_bf16_conv_gradients(backbone, config, env):
     """
     if env.amp_dtype is None or env.device.type != "cpu":
         return
-    narrow = []
 
-    def check(conv, inputs, _):
-        if conv.groups == 1 and any(conv.padding) and min(inputs[0].shape[2:]) < max(conv.stride):
-            narrow.append(conv)
+    def check(module, inputs, _):
+        is_dense = isinstance(module, nn.Conv2d) and module.groups == 1 and any(module.padding)
+        if is_dense and min(inputs[0].shape[2:]) < max(module.stride):
+            raise UserError(
+                "torch's bf16 gradients on a CPU are wrong for this backbone at "
+                f"{size_to_str(config.img_size)} pixels: --amp off, or a larger --img-size"
+            )
 
-    convolutions = [m for m in backbone.modules() if isinstance(m, nn.Conv2d)]
-    hooks = [conv.register_forward_hook(check) for conv in convolutions]
-    dry_run(backbone, config.img_size, config.pixel_format.in_chans)
-    for hook in hooks:
-        hook.remove()
-    if narrow:
-        raise UserError(
-            "torch's bf16 gradients on a CPU are wrong for this backbone at "
-            f"{size_to_str(config.img_size)} pixels: --amp off, or a larger --img-size"
-        )
+    with register_module_forward_hook(check):
+        dry_run(backbone, config.img_size, config.pixel_format.in_chans)
 
 
 def _check_arch(arch):

@@ -5,10 +5,10 @@ computed alike whatever the number of processes, and every image counts once.
 """
 
 import math
-from contextlib import contextmanager
 
 import torch
 
+from engine.backbones import eval_mode
 from engine.data.crops import CenterCrops
 from engine.data.images import ArrayDataset, evenly_spaced
 from engine.data.loader import create_loader, unpack_batches
@@ -202,16 +202,6 @@ class FeatureMonitor:
         h = h[is_read]
         indices = evenly_spaced(len(h), RANKME_IMAGES).to(h.device)
         return values | {"rankme": rankme(h[indices])}
-
-
-@contextmanager
-def eval_mode(module):
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 def rankme(features, eps=1e-7):
