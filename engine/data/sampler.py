@@ -28,7 +28,6 @@ class EpochBatchSampler(Sampler):
         if num_images < batch_size:
             raise UserError(f"lower --batch-size {batch_size}: {num_images} images don't fill one")
         self.num_images, self.batch_size = num_images, batch_size
-        self.rank_batch_size = batch_size // world_size()
         self.seed, self.repeats = seed, repeats
         self.epoch = self.first_batch = 0
         self.num_dropped = num_images - math.ceil(len(self) * batch_size / repeats)
