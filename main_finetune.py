@@ -177,9 +177,8 @@ def finetune(args, env):
         for epoch in range(run.epoch + 1, args.epochs + 1):
             train_one_epoch(args, run, ddp_model, model, ema, loader, mixup, optimizer, scaler)
             classify = classify_images(ema.module if args.evaluate_ema else model, env)
-            [(acc1, acc5)] = evaluation.measure_accuracy(
-                classify, 1, splits.val, config, args.workers, env, run.unreadable
-            )
+            settings = config.img_size, args.workers, env, run.unreadable, config.interpolation
+            [(acc1, acc5)] = evaluation.measure_accuracy(classify, 1, splits.val, *settings)
             [is_best] = results.update([(acc1, acc5)], epoch)
             run.metadata["best_acc1"] = results.best[0][0]
             run.log_eval(f"top-1 {acc1:.2f} %", splits.val, acc1=acc1, acc5=acc5)

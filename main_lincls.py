@@ -178,9 +178,8 @@ def train(args, env, splits, backbone, config, folder, checkpoint_paths):
         downstream.print_config(args, run, f"{config.arch}, frozen", backbone, splits, lrs)
         for epoch in range(run.epoch + 1, args.epochs + 1):
             train_one_epoch(args, run, ddp_classifiers, backbone, loader, optimizer)
-            accuracies = evaluation.measure_accuracy(
-                classify, len(args.lr), splits.val, config, args.workers, env, run.unreadable
-            )
+            settings = config.img_size, args.workers, env, run.unreadable, config.interpolation
+            accuracies = evaluation.measure_accuracy(classify, len(args.lr), splits.val, *settings)
             results.update(accuracies, epoch)
             log_accuracies(args, run, splits.val, accuracies)
             run.end_epoch()

@@ -45,9 +45,8 @@ def load_test_splits(args, config, class_names, classifier):
 def print_accuracy(args, classify, splits, config, env):
     """The accuracy of a single classifier on splits.val, in a line."""
     unreadable = UnreadableImages(args.max_bad_images)
-    [(acc1, acc5)] = evaluation.measure_accuracy(
-        classify, 1, splits.val, config, args.workers, env, unreadable
-    )
+    settings = config.img_size, args.workers, env, unreadable, config.interpolation
+    [(acc1, acc5)] = evaluation.measure_accuracy(classify, 1, splits.val, *settings)
     text = evaluation.format_accuracy(acc1, acc5, splits.num_classes)
     remark = unreadable.remark(splits.val)
     launch.print_rank0(f"{text} on {len(splits.val):,} images{remark}")

@@ -59,34 +59,37 @@ def iterate_eval_batches(
 
 @torch.no_grad()
 @eagerly
-def measure_accuracy(classify, num_classifiers, dataset, config, workers, env, unreadable=None):
+def measure_accuracy(
+    classify,
+    num_classifiers,
+    dataset,
+    img_size,
+    workers,
+    env,
+    unreadable=None,
+    interpolation="bilinear",
+):
     """Accuracy of several classifiers in one pass over labelled images → [(acc1, acc5)], in %.
 
     classify: normalized images [n, C, H, W] → a list of logits [n, num_classes], one for each
-    classifier. config: BackboneConfig, for its img_size and interpolation. With fewer than 5
-    classes acc5 is 100. An unreadable image counts as wrong; UserError if all are unreadable.
+    classifier. With fewer than 5 classes acc5 is 100. An unreadable image counts as wrong;
+    UserError if all are unreadable.
     """
     correct = torch.zeros(num_classifiers, 2, dtype=torch.long, device=env.device)
     num_read = torch.zeros((), dtype=torch.long, device=env.device)
-    settings = config.img_size, workers, env, unreadable, config.interpolation
-    batches = iterate_eval_batches(dataset, torch.arange(len(dataset)), *settings)
-    for indices, images in batches:
+    settings = img_size, workers, env, unreadable, interpolation
+    for indices, images in iterate_eval_batches(dataset, torch.arange(len(dataset)), *settings):
         num_read += len(indices)
         labels = dataset.labels[indices].to(env.device)[:, None]
         for i, logits in enumerate(classify(images)):
             hits = logits.topk(min(5, logits.shape[1])).indices == labels  # [n, 5]
             hits &= logits.isfinite().all(1, keepdim=True)  # a diverged classifier is always wrong
             correct[i] += torch.stack([hits[:, 0].sum(), hits.sum()])
-    _check_any_read(num_read, dataset)
-    counts = all_reduce_sum(correct).tolist()
-    return [(100 * top1 / len(dataset), 100 * top5 / len(dataset)) for top1, top5 in counts]
-
-
-def _check_any_read(num_read, dataset):
-    """num_read: a tensor, of this rank."""
     if all_reduce_sum(num_read) == 0:
         text = f"none of the {len(dataset):,} images to validate could be read"
         raise UserError(text, exit_code=1)
+    counts = all_reduce_sum(correct).tolist()
+    return [(100 * top1 / len(dataset), 100 * top5 / len(dataset)) for top1, top5 in counts]
 
 
 def format_accuracy(acc1, acc5, num_classes):
@@ -140,7 +143,6 @@ class KNN:
         dataset = self.splits.train
         return encode_dataset(encoder, dataset, self.bank_indices, *self.settings, unreadable)
 
-    @eagerly
     def measure(self, encoder, bank, is_read, unreadable=None, k_values=None):
         """bank, is_read: as encode_bank returns them → accuracy in %, for each k."""
         labels = self.splits.train.labels[self.bank_indices].to(self.env.device)
@@ -150,22 +152,17 @@ class KNN:
             text = "kNN has no image to search: none of its bank could be read"
             raise UserError(text, exit_code=1)
         self.num_read = len(bank)
-        bank = l2_normalize(bank)
+        bank, num_classes = l2_normalize(bank), self.splits.num_classes
         k_values = [min(k, len(bank)) for k in k_values or [self.k]]
 
-        val = self.splits.val
-        correct = torch.zeros(len(k_values), dtype=torch.long, device=self.env.device)
-        num_read = torch.zeros((), dtype=torch.long, device=self.env.device)
-        batches = iterate_eval_batches(val, torch.arange(len(val)), *self.settings, unreadable)
-        for positions, images in batches:
+        def classify(images):
             with self.env.autocast():
                 queries = encoder(images)
-            queries = l2_normalize(queries)
-            predicted = knn_predict(queries, bank, labels, self.splits.num_classes, k_values)
-            num_read += len(positions)
-            correct += (predicted == val.labels[positions].to(bank.device)[:, None]).sum(0)
-        _check_any_read(num_read, val)
-        return [100 * n / len(val) for n in all_reduce_sum(correct).tolist()]
+            return knn_votes(l2_normalize(queries), bank, labels, num_classes, k_values)
+
+        val = self.splits.val
+        found = measure_accuracy(classify, len(k_values), val, *self.settings, unreadable)
+        return [acc1 for acc1, _ in found]
 
 
 class FeatureMonitor:
@@ -217,19 +214,15 @@ def rankme(features, eps=1e-7):
     return torch.exp(-(p * p.log()).sum()).item()
 
 
-def knn_predict(queries, bank, labels, num_classes, k_values, T=KNN_T):
-    """Votes of the k nearest, weighted by exp(similarity / T) → predicted class [n, len(k_values)].
+def knn_votes(queries, bank, labels, num_classes, k_values, T=KNN_T):
+    """Votes of the k nearest, weighted by exp(similarity / T) → [n, num_classes] for each k.
 
     queries [n, d] and bank [b, d] have length 1; labels [b].
     """
     similarity, nearest = (queries @ bank.T).topk(max(k_values))  # [n, k], nearest first
     weights, nearest_labels = (similarity / T).exp(), labels[nearest]
-    predicted = []
-    for k in k_values:
-        votes = queries.new_zeros(len(queries), num_classes)
-        votes.scatter_add_(1, nearest_labels[:, :k], weights[:, :k])
-        predicted.append(votes.argmax(1))
-    return torch.stack(predicted, 1)
+    zeros = queries.new_zeros(len(queries), num_classes)
+    return [zeros.scatter_add(1, nearest_labels[:, :k], weights[:, :k]) for k in k_values]
 
 
 class AccuracyRecord:

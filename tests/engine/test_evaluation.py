@@ -14,28 +14,26 @@ from engine.evaluation import (
     AccuracyRecord,
     format_accuracy,
     iterate_eval_batches,
-    knn_predict,
+    knn_votes,
     measure_accuracy,
     rankme,
 )
 from engine.log import read_log
 from moco import MoCo
 
-CONFIG = BackboneConfig("vit_nano", img_size=(4, 4))
-
 
 def test_knn_matches_the_formula():
     bank = nn.functional.normalize(torch.randn(50, 8), dim=1)
     queries = nn.functional.normalize(torch.randn(20, 8), dim=1)
     labels = torch.randint(0, 4, (50,))
-    predicted = knn_predict(queries, bank, labels, num_classes=4, k_values=[7, 1, 50])
-    for query, of_query in zip(queries, predicted):
-        for k, predicted_class in zip((7, 1, 50), of_query):
-            similarity = bank @ query
-            votes = [0.0] * 4
+    k_values = [7, 1, 50]
+    votes = knn_votes(queries, bank, labels, num_classes=4, k_values=k_values)
+    for k, votes_of_k in zip(k_values, votes):
+        for query, votes_of_query in zip(queries, votes_of_k):
+            similarity, expected = bank @ query, torch.zeros(4)
             for i in similarity.argsort(descending=True)[:k]:
-                votes[labels[i]] += torch.exp(similarity[i] / 0.07).item()
-            assert predicted_class == max(range(4), key=votes.__getitem__)
+                expected[labels[i]] += torch.exp(similarity[i] / 0.07)
+            torch.testing.assert_close(votes_of_query, expected)
 
 
 class PixelEncoder(nn.Module):
@@ -107,7 +105,7 @@ def test_accuracy_is_that_of_sorted_logits_and_a_diverged_classifier_is_wrong():
         mine, rest = rest[: len(batch)], rest[len(batch) :]
         return [mine, torch.full_like(mine, torch.nan)]
 
-    first, diverged = measure_accuracy(classify, 2, dataset, CONFIG, 0, ENV)
+    first, diverged = measure_accuracy(classify, 2, dataset, (4, 4), 0, ENV)
     order = logits.argsort(1, descending=True)
     assert first[0] == pytest.approx(100 * (order[:, 0] == labels).float().mean().item())
     top5 = (order[:, :5] == labels[:, None]).any(1).float().mean().item()
@@ -118,7 +116,7 @@ def test_scores_of_classes_without_images_are_kept():
     """A part of the classes is measured among all of them: a wrong one may win."""
     images = ArrayDataset(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), [0, 1])
     logits = torch.tensor([[2.0, 1.0, 0.0, 0, 0, 0, 0], [1.0, 2.0, 3.0, 0, 0, 0, 0]])
-    [(acc1, acc5)] = measure_accuracy(lambda x: [logits], 1, images, CONFIG, 0, ENV)
+    [(acc1, acc5)] = measure_accuracy(lambda x: [logits], 1, images, (4, 4), 0, ENV)
     assert (acc1, acc5) == (50, 100)
 
 

@@ -228,9 +228,9 @@ def test_features_and_knn_are_on_the_device(monkeypatch):
         reduced.append(x)
         if x.ndim == 0:  # the number of images that were read
             return torch.tensor(1)
-        return x if x.ndim > 1 or len(x) == 16 else no_hits
+        return no_hits if x.shape == no_hits.shape else x
 
-    reduced, no_hits = [], torch.zeros(2)
+    reduced, no_hits = [], torch.zeros(2, 2)
     monkeypatch.setattr(evaluation, "iterate_eval_batches", iterate_eval_batches)
     monkeypatch.setattr(evaluation, "all_reduce_sum", all_reduce_sum)
     with torch.device("meta"):

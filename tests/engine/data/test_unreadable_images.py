@@ -16,7 +16,6 @@ from PIL import Image
 from torch import nn
 
 import engine.data.unreadable
-from engine.backbones import BackboneConfig
 from engine.data import images
 from engine.data.crops import CenterCrops, LabelledCrops, TwoCrops
 from engine.data.decode import RGB, UnreadableImage, decode_image
@@ -311,14 +310,13 @@ def test_an_image_that_cannot_be_read_is_not_recognised():
 
     dataset.labels = dataset.labels % 256
     unreadable = UnreadableImages(1)
-    config = BackboneConfig("vit_nano", img_size=(8, 8))
-    [(acc1, _)] = measure_accuracy(classify, 1, dataset, config, 0, ENV, unreadable)
+    [(acc1, _)] = measure_accuracy(classify, 1, dataset, (8, 8), 0, ENV, unreadable)
     assert acc1 == pytest.approx(100 * (600 - 256) / 600) and len(unreadable.all) == 256
     nothing = numbered(600, range(600))
     with pytest.raises(
         UserError, match="none of the 600 images to validate could be read"
     ) as error:
-        measure_accuracy(classify, 1, nothing, config, 0, ENV, UnreadableImages(1))
+        measure_accuracy(classify, 1, nothing, (8, 8), 0, ENV, UnreadableImages(1))
     assert error.value.exit_code == 1
 
 
