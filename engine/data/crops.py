@@ -111,11 +111,10 @@ class TwoCrops(BatchDataset):
             return torch.empty(shape, dtype=torch.uint8)
         # PREFETCH_FACTOR batches wait, one is used by the main process, one is on its way there.
         if len(self._buffers) < PREFETCH_FACTOR + 2:
-            buffer = torch.empty(shape, dtype=torch.uint8).share_memory_()
+            self._buffers.append(torch.empty(shape, dtype=torch.uint8).share_memory_())
         else:
-            buffer = self._buffers.pop(0)
-        self._buffers.append(buffer)
-        return buffer
+            self._buffers.append(self._buffers.pop(0))
+        return self._buffers[-1]
 
 
 def random_crop_box(rng, height, width, crop_min):

@@ -230,10 +230,10 @@ def _decode_tiff(data, pixel_format):
         array = array[..., :-1]
     if value_range is None and page.sampleformat == 1 and 8 < bits < 16:
         value_range = 0, 2**bits - 1
-    array = _to_uint8(array, value_range)
+    image = _to_chw(array, pixel_format._replace(value_range=value_range))
     if colors == "MINISWHITE":
-        array = 255 - array
-    return _upright(_to_chw(array, pixel_format), page.tags.valueof(ORIENTATION, 1))
+        image = 255 - image
+    return _upright(image, page.tags.valueof(ORIENTATION, 1))
 
 
 def _load_npy(data):
