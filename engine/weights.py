@@ -156,18 +156,18 @@ def create_classifier(path, options, use_ema=None, interpolation="bilinear"):
     return model, config, weights.config.get("class_names")
 
 
-def _load_backbone(model, state, checkpoint, path):
+def _load_backbone(model, state, stated, path):
     if "pos_embed" in state:
-        state["pos_embed"] = _resample_pos_embed(state["pos_embed"], model, checkpoint)
-    load_state_dict_strict(model, state, checkpoint, path)
+        state["pos_embed"] = _resample_pos_embed(state["pos_embed"], model, stated)
+    load_state_dict_strict(model, state, stated, path)
 
 
-def load_state_dict_strict(model, state, checkpoint, path):
+def load_state_dict_strict(model, state, stated, path):
     """model.load_state_dict(state); UserError in one line where something does not match.
 
     Checks the number of heads where the file states it: weights of another number fit silently.
     """
-    stored_heads, own_heads = checkpoint.get("num_heads"), num_heads(model)
+    stored_heads, own_heads = stated.get("num_heads"), num_heads(model)
     if stored_heads is not None and stored_heads != own_heads:
         raise UserError(f"{path} was trained with {stored_heads} heads, this model has {own_heads}")
     try:
@@ -177,7 +177,7 @@ def load_state_dict_strict(model, state, checkpoint, path):
             raise
         _, _, problems = str(error).partition("\n")
         raise UserError(
-            f"{path} (arch {checkpoint.get('arch', 'unknown')}) does not fit this model: "
+            f"{path} (arch {stated.get('arch', 'unknown')}) does not fit this model: "
             f"{shorten(problems, 300, placeholder=' …')}"
         ) from None
 
@@ -210,7 +210,7 @@ def weights_digest(model):
     return hasher.hexdigest()[:16]
 
 
-def _resample_pos_embed(pos_embed, backbone, checkpoint):
+def _resample_pos_embed(pos_embed, backbone, stated):
     """A ViT's position embedding, [1, prefix + cells, d], interpolated to the backbone's grid.
 
     Embeddings of other forms are returned as they are: they fit at the same size only.
@@ -218,7 +218,7 @@ def _resample_pos_embed(pos_embed, backbone, checkpoint):
     own, patch_embed = getattr(backbone, "pos_embed", None), getattr(backbone, "patch_embed", None)
     if pos_embed.ndim != 3 or own is None or not hasattr(patch_embed, "grid_size"):
         return pos_embed
-    old_grid, grid = _stored_grid(pos_embed, backbone, checkpoint), patch_embed.grid_size
+    old_grid, grid = _stored_grid(pos_embed, backbone, stated), patch_embed.grid_size
     # timm's ViTs with registers have no entry for any prefix token, ours one for the class token.
     num_prefix = own.shape[1] - math.prod(grid)
     if old_grid == grid or pos_embed.shape[1] != num_prefix + math.prod(old_grid):
@@ -226,22 +226,22 @@ def _resample_pos_embed(pos_embed, backbone, checkpoint):
     return resample_abs_pos_embed(pos_embed, grid, old_grid, num_prefix_tokens=num_prefix)
 
 
-def _stored_grid(pos_embed, backbone, checkpoint):
+def _stored_grid(pos_embed, backbone, stated):
     """(rows, columns) of a checkpoint's position embedding: a square where it states no size."""
     patch_embed = backbone.patch_embed
-    if checkpoint.get("img_size"):
-        sizes = zip(checkpoint["img_size"], patch_embed.patch_size)
+    if stated.get("img_size"):
+        sizes = zip(stated["img_size"], patch_embed.patch_size)
         return tuple(side // patch for side, patch in sizes)
     num_prefix = backbone.pos_embed.shape[1] - math.prod(patch_embed.grid_size)
     side = math.isqrt(max(0, pos_embed.shape[1] - num_prefix))
     return side, side
 
 
-def _is_sincos(pos_embed, backbone, checkpoint):
+def _is_sincos(pos_embed, backbone, stated):
     """Whether a position embedding is MoCo v3's table for the checkpoint's own image size."""
     if not isinstance(backbone, VisionTransformer) or pos_embed.ndim != 3:
         return False
-    grid = _stored_grid(pos_embed, backbone, checkpoint)
+    grid = _stored_grid(pos_embed, backbone, stated)
     table = sincos_position_embedding(*grid, backbone.embed_dim)
     table = table[:, 1 - backbone.num_prefix_tokens :]  # without a class token, no entry for it
     return pos_embed.shape == table.shape and torch.allclose(pos_embed.float(), table, atol=1e-5)

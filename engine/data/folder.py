@@ -43,10 +43,10 @@ def find(path, pixel_format):
     num_left_out = len(listing.names) - sum(map(len, splits.values()))
     if num_left_out:
         remarks = (f"images outside train/ and val/: {num_left_out:,} ignored",)
-    parts = {}
+    readers = {}
     for split, indices in splits.items():
-        parts[split] = partial(_to_part, _select(listing, indices), pixel_format)
-    return parts, remarks
+        readers[split] = partial(_to_part, _select(listing, indices), pixel_format)
+    return readers, remarks
 
 
 def _list_images(paths, extensions):

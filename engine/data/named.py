@@ -51,11 +51,11 @@ def find(name, pixel_format, data_root):
         return rank0_first(partial(_load, name, splits, data_root, pixel_format))
 
     _, train_splits, val_split, *_ = TORCHVISION_SETS[name]
-    parts = {"train": partial(read, train_splits), "val": partial(read, (val_split,))}
+    readers = {"train": partial(read, train_splits), "val": partial(read, (val_split,))}
     if name == "stl10":
-        parts["train_labelled"] = parts["train"]
-        parts["train"] = partial(read, ("train+unlabeled",))
-    return parts, ()
+        readers["train_labelled"] = readers["train"]
+        readers["train"] = partial(read, ("train+unlabeled",))
+    return readers, ()
 
 
 def _check_unambiguous(name, data_root):
@@ -86,7 +86,7 @@ def _load_digits(pixel_format):
 
 def _load(name, splits, data_root, pixel_format, download):
     """Splits of a set of torchvision, together → Part."""
-    class_name, train_splits, _, images, labels = TORCHVISION_SETS[name]
+    class_name, train_splits, _, images_name, labels_name = TORCHVISION_SETS[name]
     kind, root, options = getattr(torchvision.datasets, class_name), data_root, {}
     try:
         with tempfile.TemporaryDirectory() as temporary:
@@ -96,30 +96,30 @@ def _load(name, splits, data_root, pixel_format, download):
                 root = temporary
             else:
                 options = dict(download=download)
-            parts = [kind(root, split, **options) for split in splits]
+            sets = [kind(root, split, **options) for split in splits]
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"no {name} under --data-root {data_root}, and no download: {first_line(error)}"
         ) from None
-    if name == "imagenet" and len(parts[0]) != NUM_IMAGENET[splits[0]]:  # a cut unpacking
+    if name == "imagenet" and len(sets[0]) != NUM_IMAGENET[splits[0]]:  # a cut unpacking
         raise UserError(f"{root}/{splits[0]} is not whole: delete it to unpack it again")
-    dataset = _to_dataset(parts, images, labels, pixel_format)
+    dataset = _to_dataset(sets, images_name, labels_name, pixel_format)
     expected = FIRST_LABELS.get(name, []) if splits == train_splits else []
     if dataset.labels[: len(expected)].tolist() != expected:
         raise UserError(f"the files under --data-root are not those of {name}")
     if dataset.labels.min() < 0:  # unlabelled images among them
         dataset.labels = None
         return Part(dataset)
-    class_names = getattr(parts[0], "wnids", None) or getattr(parts[0], "classes", None)
+    class_names = getattr(sets[0], "wnids", None) or getattr(sets[0], "classes", None)
     if class_names is None:  # older torchvisions name no flowers
         class_names = map(str, range(dataset.labels.max() + 1))
     return Part(dataset, list(class_names))
 
 
-def _to_dataset(parts, images, labels, pixel_format):
+def _to_dataset(sets, images_name, labels_name, pixel_format):
     """Splits of torchvision and the names of their attributes → one dataset."""
-    labels = [label for part in parts for label in getattr(part, labels)]
-    images = [image for part in parts for image in getattr(part, images)]
+    labels = [label for split in sets for label in getattr(split, labels_name)]
+    images = [image for split in sets for image in getattr(split, images_name)]
     if isinstance(labels[0], tuple):  # Imagenette's (path, label)
         labels = [label for _, label in labels]
     if isinstance(images[0], np.ndarray | torch.Tensor):
@@ -129,7 +129,7 @@ def _to_dataset(parts, images, labels, pixel_format):
         elif images.shape[3] == 3:
             images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         return ArrayDataset(images, labels, pixel_format)
-    root = parts[0].root
+    root = sets[0].root
     paths = [image[0] if isinstance(image, tuple) else image for image in images]  # ImageNet's
     paths = [os.path.relpath(path, root) for path in paths]
     return ImageFileDataset(root, paths, labels, pixel_format)
