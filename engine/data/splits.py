@@ -40,7 +40,7 @@ class Source:
         return "val" in self._readers
 
     def has_both(self):
-        return {"train", "val"} <= self._parts.keys()
+        return {"train", "val"} <= self._readers.keys()
 
     def train(self):
         """The Part to pre-train on: train, or images that are in no split."""
