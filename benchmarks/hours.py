@@ -16,7 +16,8 @@ import main_moco
 
 ROOT = Path(__file__).parents[1]
 IMAGENET_IMAGES = 1_281_167
-OTHER_DATA = ("imagenet100_",)  # beginnings of names, of recipes for fewer images
+# Recipes of 224 pixels for smaller sets, by the beginning of their names: name, training images.
+SMALL_SETS = {"imagenet100_": ("ImageNet-100", 126_689), "imagenette_": ("Imagenette", 9_469)}
 NAMES = {
     "resnet50": "ResNet-50",
     "vit_tiny": "ViT-Ti",
@@ -35,7 +36,7 @@ PAPER = {
 
 
 def main():
-    print("\n".join(table()))
+    print("\n".join([*table(), "", *table_of_small_sets()]))
 
 
 def table():
@@ -56,8 +57,24 @@ def table():
     return lines
 
 
-def hours(epochs, images_per_s):
-    return epochs * IMAGENET_IMAGES / images_per_s / 3600
+def table_of_small_sets():
+    """The same of SMALL_SETS, without the recipes whose backbone has no rate."""
+    eager, compiled = rates()
+    lines = ["| Data | Recipe | Hours, eager | Hours, compiled |", "|---|---|---|---|"]
+    for beginning, (name, num_images) in SMALL_SETS.items():
+        for path in sorted((ROOT / "recipes").glob(f"{beginning}*.txt")):
+            args = main_moco.parse_args([f"@{path}", "DIR"])
+            if args.arch not in eager:
+                continue
+            cells = [name, f"`{path.stem}`"]
+            for rate in (eager[args.arch], compiled.get(args.arch)):
+                cells.append(f"{hours(args.epochs, rate, num_images):.1f}" if rate else "not run")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def hours(epochs, images_per_s, num_images=IMAGENET_IMAGES):
+    return epochs * num_images / images_per_s / 3600
 
 
 def rates():
@@ -84,7 +101,7 @@ def recipes():
     groups = {}
     for path in sorted((ROOT / "recipes").glob("**/*.txt")):
         command = rf"main_moco\.py @\S*{path.name} DIR\n"
-        if path.name.startswith(OTHER_DATA) or not re.search(command, path.read_text()):
+        if path.name.startswith(tuple(SMALL_SETS)) or not re.search(command, path.read_text()):
             continue
         args = main_moco.parse_args([f"@{path}", "DIR"])
         assert args.img_size == (224,) and args.arch in NAMES, path

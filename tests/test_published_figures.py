@@ -61,6 +61,7 @@ def test_a_table_of_a_gpu_shows_what_was_measured():
 
 def test_the_hours_of_the_recipes_are_computed_from_measured_rates():
     assert "\n".join(hours.table()) in TIME
+    assert "\n".join(hours.table_of_small_sets()) in TIME
     _, compiled = hours.rates()
     whole = [hours.hours(epochs, compiled["vit_base"]) for epochs in (100, 300)]
     assert f"{whole[0]:.0f} hours for 100 epochs of ImageNet on one H200" in TIME
