@@ -123,7 +123,8 @@ class VisionTransformer(TimmVisionTransformer):
             self.norm = nn.Identity()
         if pos_embed == "sincos":
             table = sincos_position_embedding(*self.patch_embed.grid_size, dim)
-            table = table[:, 1 - self.num_prefix_tokens :]  # the first entry is the class token's
+            if self.cls_token is None:
+                table = table[:, 1:]  # the first entry is the class token's
             self.pos_embed = nn.Parameter(table, requires_grad=False)
         elif pos_embed == "learned":
             nn.init.trunc_normal_(self.pos_embed, std=0.02)

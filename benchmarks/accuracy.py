@@ -43,14 +43,7 @@ def run(seed, args, extra):
     rates = [line["images_per_s"] for line in lines if "loss" in line]
     result |= dict(knn_before=knn[0], knn_after=knn[-1], images_per_s=statistics.median(rates))
 
-    jobs = [("lincls", "main_lincls.py", f"@recipes/lincls_{args.name}.txt")]
-    for percent in args.labels:
-        flags = [f"@{finetune_recipe(args.name, percent)}"]
-        if percent < 100:
-            train, val = export_subset(args, percent)
-            flags += [train, "--val", val]
-        name = "finetune" if percent == 100 else f"finetune_{percent}"
-        jobs.append((name, "main_finetune.py", *flags))
+    jobs = [] if args.pretrain_only else downstream_jobs(args)
     for name, script, *flags in jobs:
         flags += ["--pretrained", folder / "pretrain" / "checkpoint.pth"]
         flags += quick_flags(args, script)
@@ -59,6 +52,19 @@ def run(seed, args, extra):
             result[name + control] = last_value(lines, "acc1")
     print(json.dumps(result), file=sys.stderr, flush=True)
     return result
+
+
+def downstream_jobs(args):
+    """(name, script, flags…) of the probe and of fine-tuning."""
+    jobs = [("lincls", "main_lincls.py", f"@recipes/lincls_{args.name}.txt")]
+    for percent in args.labels:
+        flags = [f"@{finetune_recipe(args.name, percent)}"]
+        if percent < 100:
+            train, val = export_subset(args, percent)
+            flags += [train, "--val", val]
+        name = "finetune" if percent == 100 else f"finetune_{percent}"
+        jobs.append((name, "main_finetune.py", *flags))
+    return jobs
 
 
 def finetune_recipe(name, percent):
@@ -104,7 +110,8 @@ def main():
     add = parser.add_argument
     add("name", choices=("digits", "fashion_mnist"))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--labels", type=int, nargs="*", default=[100], metavar="PERCENT", help="of fine-tuning")
+    add("--labels", type=int, nargs="+", default=[100], metavar="PERCENT", help="of fine-tuning")
+    add("--pretrain-only", action="store_true", help="kNN alone, no probe and no fine-tuning")
     add("--data-root", default="data", help="where fashion_mnist is")
     add("--jobs", type=int, default=1, help="seeds at a time")
     add("--threads", type=int, help="of each run (default: the cores, shared out)")

@@ -78,8 +78,9 @@ class MoCo(nn.Module):
         h = self.encode(self.base_encoder, x1, x2)  # [2, N, d]
         q1, q2 = self.predictor(projector(self.base_encoder).project(h))  # [N, C] each
         with torch.no_grad():
-            k = self.encode(self.momentum_encoder, x1, x2)  # [2, N, d]
-            k = l2_normalize(projector(self.momentum_encoder).project(k))  # [2, N, C]
+            h_k = self.encode(self.momentum_encoder, x1, x2)  # [2, N, d]
+            # q is normalized in the loss, k before it is gathered: once instead of on every rank.
+            k = l2_normalize(projector(self.momentum_encoder).project(h_k))  # [2, N, C]
             k1, k2 = all_gather(k).transpose(0, 1).flatten(1, 2)  # [world_size·N, C] each
 
         loss1, top1 = contrastive_loss(q1, k2, self.T)
@@ -115,7 +116,10 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_momentum_encoder(self, m):
-        """f_k ← m·f_k + (1−m)·f_q, after the optimizer's step; in place, one fused call."""
+        """f_k ← m·f_k + (1−m)·f_q, after the optimizer's step; in place, one fused call.
+
+        Of the parameters: BatchNorm's statistics in f_k are those of its own inputs.
+        """
         torch._foreach_lerp_(
             list(self.momentum_encoder.parameters()), list(self.base_encoder.parameters()), 1 - m
         )

@@ -23,7 +23,10 @@ def is_main():
 
 
 def all_gather(x):
-    """x of every rank, in rank order: [...] → [world_size, ...]. Differentiable; one collective."""
+    """x of every rank, in rank order: [...] → [world_size, ...]; one collective.
+
+    Differentiable for BatchNorm's sake: the keys are gathered without a gradient.
+    """
     return _AllGather.apply(x) if world_size() > 1 else x[None]
 
 
