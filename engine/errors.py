@@ -16,6 +16,10 @@ class UserError(ValueError):
         self.exit_code, self.rank_local = exit_code, rank_local
 
 
+class MachineFailure(UserError):
+    """A UserError of the machine: when it works again, a run continues where it was saved."""
+
+
 # Words in a RuntimeError of torch, of CUDA and of its libraries.
 OUT_OF_GPU_MEMORY = ("CUDA error: out of memory", "CUDA out of memory", "ALLOC_FAILED")
 GPU_FAILURES = (*OUT_OF_GPU_MEMORY, "CUDA error")
@@ -34,8 +38,8 @@ def is_out_of_memory(error):
 
 
 def cant_read(path, error, hint=""):
-    """The UserError for a machine that failed while the file was read; its content may be good."""
-    return UserError(f"can't read {path}: {failure_reason(error)}{hint}", 1, rank_local=True)
+    """The error of a machine that failed while the file was read; its content may be good."""
+    return MachineFailure(f"can't read {path}: {failure_reason(error)}{hint}", 1, rank_local=True)
 
 
 def failure_reason(error):

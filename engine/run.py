@@ -21,7 +21,14 @@ from engine.data.decode import JPEG_DECODER
 from engine.data.images import dataset_digest
 from engine.data.loader import stop_workers, unpack_batches
 from engine.data.unreadable import UnreadableImages
-from engine.errors import UserError, first_line, is_machine_failure, join_some, print_line
+from engine.errors import (
+    MachineFailure,
+    UserError,
+    first_line,
+    is_machine_failure,
+    join_some,
+    print_line,
+)
 from engine.files import atomic_write, exists, lock_folder
 from engine.launch import all_reduce_max, check_same_on_all_ranks, on_rank0, print_rank0
 from engine.log import MetricLogger
@@ -285,6 +292,9 @@ class Run:
                 self.print(self.spikes)
             if self.unreadable.all:
                 self.print(self.unreadable)
+            if kind is MachineFailure and os.path.exists(self.folder / LAST):
+                text = f"{error}; --resume auto continues"
+                raise UserError(text, error.exit_code, error.rank_local) from None
 
     # Training
 

@@ -107,7 +107,8 @@ def _folders_of(listing):
 
 def _to_part(listing, pixel_format):
     if listing.index is None:
-        dataset = ImageFileDataset(listing.root, listing.names, pixel_format=pixel_format)
+        root, names, list_path = listing.root, listing.names, listing.list_path
+        dataset = ImageFileDataset(root, names, pixel_format=pixel_format, list_path=list_path)
     else:
         dataset = tar.TarDataset(listing.root, listing.names, listing.index, pixel_format)
     labels, shared, flaw = _find_labels(listing)

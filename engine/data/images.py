@@ -15,7 +15,14 @@ import numpy as np
 import torch
 
 from engine.data.decode import RGB, UnreadableImage, decode_image
-from engine.errors import UserError, cant_read, first_line, is_machine_failure, printable
+from engine.errors import (
+    UserError,
+    cant_read,
+    failure_reason,
+    first_line,
+    is_machine_failure,
+    printable,
+)
 from moco.augmentation import luminance
 
 DIGEST_IMAGES = 64  # images whose content is part of a digest
@@ -55,18 +62,21 @@ class EncodedDataset:
     """Images that are decoded when they are read.
 
     A subclass defines __len__, name(i) and get_bytes(i), the content of an image file.
+    list_path: of the list that names the images, if there is one.
     """
 
-    labels = None
+    labels = list_path = None
 
     def read(self, i):
         """UnreadableImage for wrong content; UserError for a failure of the system that lasts."""
-        return _read(lambda: decode_image(self.get_bytes(i), self.pixel_format), self.name(i))
+        return _read(
+            lambda: decode_image(self.get_bytes(i), self.pixel_format), self.name(i), self.list_path
+        )
 
     def raw_bytes(self, i):
         """What tells the image from others: its size and its first bytes; empty if unreadable."""
         try:
-            data = _read(lambda: self.get_bytes(i), self.name(i))
+            data = _read(lambda: self.get_bytes(i), self.name(i), self.list_path)
         except UnreadableImage:
             return b""
         return b"%d " % len(data) + data[:DIGEST_BYTES]
@@ -75,8 +85,8 @@ class EncodedDataset:
 class ImageFileDataset(EncodedDataset):
     """Image files: paths below `root`, labels [n] or None."""
 
-    def __init__(self, root, paths, labels=None, pixel_format=RGB):
-        self.root, self.paths = str(root), PathList(paths)
+    def __init__(self, root, paths, labels=None, pixel_format=RGB, list_path=None):
+        self.root, self.paths, self.list_path = str(root), PathList(paths), list_path
         self.labels = None if labels is None else torch.as_tensor(labels)
         self.pixel_format = pixel_format
 
@@ -121,10 +131,11 @@ def read_image(path, pixel_format=RGB):
     return _read(lambda: decode_image(read_file(path), pixel_format), str(path))
 
 
-def _read(read, name):
+def _read(read, name, list_path=None):
     """read(), of the image called `name`, repeated while the system fails.
 
     A file that is missing or locked is a failure of the system, too: a share may be gone.
+    list_path: of the list that names the image.
     """
     for seconds in (*RETRY_SECONDS, None):
         try:
@@ -134,10 +145,24 @@ def _read(read, name):
         except Exception as error:  # PIL raises nearly anything on a broken file
             if not is_machine_failure(error):
                 raise UnreadableImage(name, first_line(error)) from None
+            if _is_removed(error):
+                hint = f": put it there, or remove it from {list_path}" if list_path else ""
+                text = f"can't read {name}: {failure_reason(error)}{hint}"
+                raise UserError(text, exit_code=1, rank_local=True) from None
             if seconds is None:
-                hint = f", for {sum(RETRY_SECONDS)} seconds; --resume auto continues"
-                raise cant_read(name, error, hint) from None
+                raise cant_read(name, error, f" (tried for {sum(RETRY_SECONDS)} s)") from None
         time.sleep(seconds)
+
+
+def _is_removed(error):
+    """Whether a file is missing beside others: of a share that is gone, its folder is empty."""
+    if not isinstance(error, FileNotFoundError) or error.filename is None:
+        return False
+    folder = os.path.dirname(os.path.realpath(error.filename))  # a link may lead to the share
+    try:
+        return bool(os.listdir(folder))
+    except OSError:
+        return False
 
 
 def read_file(path):
@@ -160,7 +185,8 @@ class Listing(NamedTuple):
 
     names: of the images, below `root`. ignored: the number of other files by extension. labels:
     those that a list or an archive states, "" for an image without; None: folders are the labels.
-    flaw: as in Part. empty: folders without images. index: a tar.TarIndex of images in archives.
+    flaw: as in Part. list_path: as in EncodedDataset. empty: folders without images. index: a
+    tar.TarIndex of images in archives.
     """
 
     root: str
@@ -168,6 +194,7 @@ class Listing(NamedTuple):
     ignored: Counter
     labels: list[str] | None = None
     flaw: str = ""
+    list_path: str | None = None
     empty: tuple[str, ...] = ()
     index: object = None
 

@@ -4,7 +4,7 @@ import os
 from collections import Counter
 
 from engine.data.images import MAX_NAME, Listing
-from engine.errors import UserError
+from engine.errors import UserError, printable
 
 MAX_LIST_BYTES = 2**31  # 20 million lines of 100 characters
 
@@ -45,4 +45,4 @@ def read_list(path, extensions):
             flaw = f"{path.name} gives {name} the labels {label_of[name]} and {label}"
     if not names:
         raise UserError(f"{path} names no images")
-    return Listing(str(path.parent), names, Counter(), labels, flaw)
+    return Listing(str(path.parent), names, Counter(), labels, flaw, printable(str(path)))

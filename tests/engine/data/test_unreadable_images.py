@@ -142,7 +142,7 @@ def test_a_failure_of_the_system_is_retried_then_ends_the_run(tmp_path, monkeypa
     assert dataset_digest(dataset) == digest
     outage.errors = [failure] * 100
     for read in (lambda: dataset.read(0), lambda: read_image(tmp_path / "a.jpg")):
-        with pytest.raises(UserError, match=r"can't read .*a\.jpg: .*--resume auto") as error:
+        with pytest.raises(UserError, match=r"can't read .*a\.jpg: .*\(tried for ") as error:
             read()
         assert error.value.exit_code == 1 and error.value.rank_local
 
@@ -153,12 +153,38 @@ def test_a_missing_file_is_a_failure_of_the_system(tmp_path, monkeypatch):
         ImageFileDataset(tmp_path, ["gone.jpg"]).read(0)
 
 
+def test_a_file_that_is_missing_beside_others_is_not_waited_for(tmp_path, monkeypatch):
+    for name in ("a.jpg", "share/b.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(JPEG)
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "share" / "b.jpg")
+    (tmp_path / "list.txt").write_text("typo.jpg\nshare/b.jpg\nlink.jpg\n")
+    dataset, waits = open_source(f"{tmp_path}/list.txt").train().dataset, []
+    monkeypatch.setattr(images.time, "sleep", waits.append)
+    hint = f"put it there, or remove it from {tmp_path}/list.txt"
+    with pytest.raises(UserError, match=rf"can't read .*/typo\.jpg: No such file.*: {hint}$"):
+        dataset.read(0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"can't read typo\.jpg: No such file or directory$"):
+        read_image("typo.jpg")
+    assert not waits
+    (tmp_path / "share" / "b.jpg").unlink()  # a share that is gone leaves an empty folder
+    for i in (1, 2):
+        with pytest.raises(UserError, match=r"No such file or directory \(tried for 30 s\)$"):
+            dataset.read(i)
+        assert sum(waits) == 30 * i
+
+
 def test_after_an_outage_the_run_goes_on(refusal, succeed, few_digits, tmp_path, monkeypatch):
     argv = ("main_moco.py", few_digits, *SMALL["main_moco.py"], "--output-dir", tmp_path / "run")
     outage = Outage(monkeypatch)
+    saved, read = tmp_path / "run" / "checkpoint.pth", outage.read
     with monkeypatch.context() as patch:
         patch.setattr(outage, "read", lambda path: os.stat("/no/share"))
-        assert "--resume auto continues" in refusal(*argv, code=1)
+        assert "--resume auto" not in refusal(*argv, code=1)  # there is nothing to continue
+        outage.read = lambda path: os.stat("/no/share") if saved.exists() else read(path)
+        err = refusal(*argv, code=1)
+        assert err.endswith("(tried for 0.02 s); --resume auto continues\n")
     assert not (tmp_path / "run" / "bad_images.txt").exists()
     succeed(*argv, "--resume", "auto")
 
