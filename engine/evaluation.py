@@ -50,6 +50,8 @@ def iterate_eval_batches(
         if len(positions):
             images = env.to_device(images)  # uint8 [n, C, H, W]
             yield chunk[positions], normalize(images.float() / 255, mean, std)
+        elif unreadable is not None:
+            unreadable.check_batch(len(chunk), dataset)
         check_signals()
     if len(chunks) < max_batches:
         check_signals()

@@ -4,6 +4,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from engine.data.crops import MAX_ATTEMPTS
 from engine.errors import UserError, join_some
 from engine.files import atomic_write, exists
 from engine.launch import all_gather_object
@@ -31,6 +32,17 @@ class UnreadableImages:
         """unreadable: path → reason, of images of `dataset`."""
         self._new.setdefault(dataset, {}).update(unreadable)
 
+    def check_batch(self, num_images, dataset):
+        """After a batch of `dataset` none of whose num_images could be read.
+
+        UserError, in place of a line for each, if it is a long one and max_fraction forbids it.
+        """
+        is_long = num_images >= min(MAX_ATTEMPTS, len(dataset))
+        if is_long and num_images > self._num_allowed(dataset):
+            path, reason = list(self._new[dataset].items())[-1]
+            message = f"{num_images} unreadable images in a row, the last is {path}: {reason}"
+            raise UserError(message, exit_code=1, rank_local=True)
+
     def sync(self, dataset):
         """Collects and reports what all ranks have found in `dataset`; all ranks call it.
 
@@ -45,7 +57,7 @@ class UnreadableImages:
         self.all |= new
         if is_main() and new:
             self._report(new)
-        num_allowed = int(self.max_fraction * len(dataset) + 1e-6)  # .29 · 100 is 28.999…
+        num_allowed = self._num_allowed(dataset)
         if len(found) > num_allowed:
             examples = join_some((f"{path} ({found[path]})" for path in found), most=3)
             listed = f"; all are listed in {self.path}" if self.path else ""
@@ -54,6 +66,9 @@ class UnreadableImages:
                 f"{len(dataset):,}: {examples}{listed}; remove them, or raise it",
                 exit_code=1,
             )
+
+    def _num_allowed(self, dataset):
+        return int(self.max_fraction * len(dataset) + 1e-6)  # .29 · 100 is 28.999…
 
     def count(self, dataset):
         """The number of unreadable images in `dataset`, as of the last sync."""

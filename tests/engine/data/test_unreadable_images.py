@@ -304,6 +304,22 @@ def test_center_crops_of_what_can_be_read():
         next(unpack_batches([crops.__getitems__([3])]))
 
 
+def test_a_batch_without_a_readable_image_ends_an_evaluation_in_one_line(capfd):
+    def measure(broken, max_fraction):
+        classify, found = lambda images: [ColorEncoder()(images)], UnreadableImages(max_fraction)
+        return measure_accuracy(classify, 1, numbered(257, broken), (8, 8), 0, ENV, found)
+
+    message = r"^256 unreadable images in a row, the last is .*255\.jpg: broken$"
+    with pytest.raises(UserError, match=message) as error:
+        measure(range(256), 0.5)
+    assert error.value.exit_code == 1 and capfd.readouterr().err == ""
+    measure(range(256), 1)
+    capfd.readouterr()
+    with pytest.raises(UserError, match=r"2 unreadable images, .* allows 0 of 257"):
+        measure((3, 256), 0)  # the last batch has one image
+    assert capfd.readouterr().err.count("\n") == 2
+
+
 def test_knn_searches_what_can_be_read_and_counts_every_image():
     def measure(train, val):
         unreadable = UnreadableImages(1)
@@ -515,6 +531,6 @@ def test_measuring_alone_tells_each_on_stderr(
         path.write_bytes(b"no image")
     argv = (*argv, pretrained, "--epochs", 1, "--max-bad-images", 0.2)
     err = refusal(*argv, "--output-dir", tmp_path / "blind", code=1)
-    assert "4 unreadable images, --max-bad-images 0.2 allows 0 of 4" in err
+    assert "4 unreadable images in a row, the last is" in err
     code, _, err = script(*argv, "--max-bad-images", 1, "--output-dir", tmp_path / "blinder")
     assert code == 1 and "none of the 4 images to validate could be read" in err
