@@ -239,7 +239,8 @@ def choose_knn_splits(args, source, pixel_format):
     if args.knn_every == 0:
         return None, ""
     if args.knn_data:
-        return load_splits(flags.source(args, args.knn_data, pixel_format)), ""
+        knn_source = flags.source(args, args.knn_data, pixel_format)
+        return load_splits(knn_source, val_hint="; --knn-data needs train and val"), ""
     try:
         return load_knn_splits(source)
     except UserError as error:

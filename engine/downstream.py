@@ -26,7 +26,8 @@ def output_folder(args, job):
 def load_training_splits(args, pixel_format):
     """The labelled images of DIR, validated on --val's if it is given → Splits."""
     val_source = flags.source(args, args.val, pixel_format) if args.val else None
-    return load_splits(flags.source(args, args.data, pixel_format), val_source)
+    source = flags.source(args, args.data, pixel_format)
+    return load_splits(source, val_source, val_hint=", or give --val DIR")
 
 
 def load_test_splits(args, config, class_names, classifier):

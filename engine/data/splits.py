@@ -50,24 +50,23 @@ class Source:
         """The labelled part of `train`, which is all of it in most sets."""
         return self._get("train_labelled", "train", "all")
 
-    def val(self):
-        """The Part to validate on."""
-        return self._get("val")
+    def val(self, hint=""):
+        """The Part to validate on; hint: for the message if there is none."""
+        return self._get("val", hint=hint)
 
     def val_or_all(self):
         """Images to measure on: val, or images that are in no split, such as a test set's."""
         return self._get("val", "all")
 
-    def _get(self, *names):
+    def _get(self, *names, hint=""):
         for name in names:
             if name in self._readers:
                 return self._readers[name]()
         kinds = "train" if "train" in names else "val"
-        there = " and ".join(sorted(self._readers)).replace("all", "images in no split")
-        hint = ", or give --val DIR" if kinds == "val" else ""
-        raise UserError(
-            f"{self.path} has no {kinds}, only {there}: docs/data.md has the forms{hint}"
-        )
+        there = "only " + " and ".join(sorted(self._readers))
+        if "all" in self._readers:
+            there = "for it is not split"
+        raise UserError(f"{self.path} has no {kinds}, {there}: docs/data.md has the forms{hint}")
 
 
 class Splits(NamedTuple):
@@ -90,10 +89,11 @@ class Splits(NamedTuple):
         return describe(self.train, self.val, self.class_names, self.remarks)
 
 
-def load_splits(source, val_source=None):
+def load_splits(source, val_source=None, val_hint=""):
     """Labelled images to train on and to validate → Splits.
 
-    val_source: where the latter come from instead; its classes are matched by name.
+    val_source: where the latter come from instead; its classes are matched by name. val_hint: for
+    the message if there are none.
     UserError if labels are missing, can't be used, or don't match, and for a single class.
     """
     train = require_labels(source.train_labelled(), source.path)
@@ -101,7 +101,7 @@ def load_splits(source, val_source=None):
         raise UserError(f"{source.path} holds a single class: there is nothing to tell apart")
     remarks = (*source.remarks, *train.remarks)
     if val_source is None:
-        val = match_classes(source.val(), train.class_names, f"{source.path}: val", "train")
+        val = match_classes(source.val(val_hint), train.class_names, f"{source.path}: val", "train")
     else:
         part, name = val_source.val_or_all(), f"--val {val_source.path}"
         val = match_classes(part, train.class_names, name, source.path)

@@ -127,7 +127,7 @@ def test_pretraining_without_labels_is_watched_on_a_labelled_set(script, tmp_pat
     code, out, err = script("main_moco.py", images, *MOCO, *resume, "--output-dir", run)
     assert (code, err) == (0, "") and "nothing left to do" in out
     for flags, words in (
-        (["--knn-data", images], "images has no val, only images in no split"),
+        (["--knn-data", images], "has the forms; --knn-data needs train and val"),
         (["--knn-data", "x", "--knn-every", 0], "is for kNN, which --knn-every 0 turns off"),
         (["--knn-data", tmp_path / "no"], f"{tmp_path}/no does not exist"),
         (["--knn-data", data, "--output-dir", data / "val" / "x"], "is among the images of"),

@@ -71,7 +71,7 @@ def test_images_in_no_split_are_all_taken(make, above):
     source = open_source(path)
     assert source.train() is source.val_or_all() and labels(source.train()) == ["a", "b"]
     assert load_knn_splits(source) == (None, f"{path} has no val")
-    with pytest.raises(UserError, match="has no val, only images in no split"):
+    with pytest.raises(UserError, match="has no val, for it is not split"):
         load_splits(source)
 
 
