@@ -26,8 +26,11 @@ def output_folder(args, job):
 def load_training_splits(args, pixel_format):
     """The labelled images of DIR, validated on --val's if it is given → Splits."""
     val_source = flags.source(args, args.val, pixel_format) if args.val else None
-    source = flags.source(args, args.data, pixel_format)
-    return load_splits(source, val_source, val_hint=", or give --val DIR")
+    source, hint = flags.source(args, args.data, pixel_format), ", or give --val DIR"
+    train, test = Path(args.data, "train"), Path(args.data, "test")
+    if train.is_dir() and test.is_dir():  # else test may be a class
+        hint = f"; test/ is not read: --val {test}"
+    return load_splits(source, val_source, val_hint=hint)
 
 
 def load_test_splits(args, config, class_names, classifier):

@@ -189,7 +189,8 @@ BAD = {
         "has 7 classes, the images have 10",
     ),
     "missing folder": ("{tmp}/nope --pretrained {pre}", "nope does not exist"),
-    "no val": ("{tmp}/noval --pretrained {pre}", "noval has no val, only train"),
+    "val from": ("{tmp}/noval --pretrained {pre}", "docs/data.md has the forms, or give --val DIR"),
+    "val from test": ("{tmp}/tested --pretrained {pre}", "; test/ is not read: --val /"),
     "no labels": ("{tmp}/flat --pretrained {pre}", "flat has no labels: class folders"),
     "one class": ("{tmp}/one --pretrained {pre}", "one has no labels: class folders (two at"),
     "large batch": ("digits --pretrained {pre} -b 4096", "1437 images don't fill one"),
@@ -217,8 +218,9 @@ def files(tmp_path_factory, pretrained):
 @pytest.mark.parametrize("name", ["main_lincls.py", "main_finetune.py"])
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_line(refusal, tmp_path, image_file, pretrained, files, case, name):
-    for path in ("noval/train/a/1.png", "noval/train/b/1.png", "flat/1.png",
-                 "one/train/a/1.png", "one/val/a/1.png"):  # fmt: skip
+    for path in ("noval/train/a/1.png", "noval/train/b/1.png", "flat/1.png", "one/train/a/1.png",
+                 "one/val/a/1.png", "tested/train/a/1.png", "tested/train/b/1.png",
+                 "tested/test/a/1.png"):  # fmt: skip
         image_file(path)
     line, words = BAD[case]
     if name == "main_finetune.py" and case in ("two equal lrs", "nothing to do"):
