@@ -60,6 +60,8 @@ def find_checkpoints(folder, resume):
     num_restarts = all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     if existing and (resume == "auto" or num_restarts > 0):
         return existing
+    if path is not None and not exists(path):
+        raise UserError(f"no checkpoint at {path}")
     names = os.listdir(folder) if exists(folder) and folder.is_dir() else []
     kept = any(map(KEPT_NAMES.fullmatch, names))
     crashed = f"{LAST}.tmp" in names  # in its first save
@@ -67,8 +69,6 @@ def find_checkpoints(folder, resume):
     if (existing or (kept and not crashed)) and not resumes_here:
         hint = "--resume auto continues it, " if existing else ""
         raise UserError(f"{folder} holds a run: {hint}--output-dir starts another")
-    if path is not None and not exists(path):
-        raise UserError(f"no checkpoint at {path}")
     if existing and resumes_here and path.name not in checkpoints.NAMES:
         # If it was killed before its first save, --resume auto would take the later one.
         raise UserError(f"{folder} holds a later checkpoint than {path.name}: another --output-dir")

@@ -78,6 +78,8 @@ def test_what_is_kept_of_a_cleared_run_is_not_overwritten(script, tmp_path):
     kept = ("--resume", tmp_path / "checkpoint_0001.pth")
     code, _, err = script("main_moco.py", *argv, *kept)
     assert code == 2 and "holds a later checkpoint than checkpoint_0001.pth" in err
+    code, _, err = script("main_moco.py", *argv, "--resume", "nope.pth")
+    assert code == 2 and "no checkpoint at nope.pth" in err
     (tmp_path / checkpoint.LAST).unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for flags in ((), ("--resume", "auto")):
