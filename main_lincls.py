@@ -113,12 +113,14 @@ def main(args):
     )
     splits = downstream.load_training_splits(args, config.pixel_format)
     freeze(backbone).to(env.device)
+    if args.epochs > 0:  # before kNN, for it refuses a batch size
+        sampler = EpochBatchSampler(len(splits.train), args.batch_size, args.seed)
     if args.knn:
         print_knn(args, splits, backbone, config, env)
     if args.epochs > 0:
         if should_compile(args.compile, backbone, env.device):
             compile_backbone(backbone)
-        train(args, env, splits, backbone, config, folder, checkpoint_paths)
+        train(args, env, splits, sampler, backbone, config, folder, checkpoint_paths)
 
 
 def freeze(backbone):
@@ -152,10 +154,9 @@ def evaluate_saved(args, env):
     downstream.print_accuracy(args, classify, splits, config, env)
 
 
-def train(args, env, splits, backbone, config, folder, checkpoint_paths):
+def train(args, env, splits, sampler, backbone, config, folder, checkpoint_paths):
     """Trains the classifiers, prints their table, writes each in the published layout."""
     crop_dataset = LabelledCrops(splits.train, config.img_size, args.crop_min, args.seed)
-    sampler = EpochBatchSampler(len(crop_dataset), args.batch_size, args.seed)
     loader = create_loader(crop_dataset, sampler, args.workers, env.device, persistent=True)
 
     classifiers = create_classifiers(args, backbone.num_features, splits.num_classes)

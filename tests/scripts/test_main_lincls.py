@@ -102,6 +102,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(script, probe, tmp_path, p
     assert "linear  top-1" in probe(broken, *argv, "--resume", "auto")  # nothing left to do
 
 
+def test_a_batch_that_is_too_large_is_refused_before_knn(script, tmp_path, pretrained):
+    argv = ("--pretrained", pretrained, "--knn", "-b", 4096, "--output-dir", tmp_path / "run", *CPU)
+    code, out, err = script("main_lincls.py", "digits", *argv)
+    assert code == 2 and "images don't fill one" in err and "kNN" not in out
+
+
 def test_a_probe_of_other_weights_is_not_resumed(script, refusal, probe, tmp_path, pretrained):
     path, run = tmp_path / "pretrained.pth", tmp_path / "probe"
     state = checkpoint.load(pretrained)
