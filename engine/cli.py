@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **kwargs,
         )
-        self.register("type", None, str)  # of a RecipeWord, too: checkpoints hold plain types
+        self.register("type", None, lambda word: word)  # a RecipeWord stays one at first
         self.may_change = set()
 
     def group(self, title, may_change=False):
@@ -74,20 +74,24 @@ class Parser(argparse.ArgumentParser):
             self.error(f"can't read the recipe: {error}")
         except RecursionError:
             self.error("can't read the recipe: it names itself")
+        recipe_data = None  # that another DIR replaces
         if hasattr(args, "data") and len(extra) == 1 and not extra[0].startswith("-"):
             if isinstance(args.data, RecipeWord):
-                args.data, extra = extra[0], []
+                args.data, recipe_data, extra = extra[0], args.data, []
             elif isinstance(extra[0], RecipeWord):
-                extra = []
+                recipe_data, extra = extra[0], []
         if extra and isinstance(extra[0], RecipeWord) and not extra[0].startswith("-"):
             self.error("a recipe holds words that are no flags: is it a recipe?")  # perhaps secret
         if extra:
             near = difflib.get_close_matches(extra[0], self._option_string_actions, n=1)
             hint = f", did you mean {near[0]}?" if near else ""
             self.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
-        if isinstance(getattr(args, "data", None), RecipeWord):
-            args.data = str(args.data)
+        is_own = not isinstance(getattr(args, "data", None), RecipeWord)  # of the command line
+        if is_own and recipe_data not in (None, args.data):
+            _warn_of_what_stays(args, recipe_data)
         for name, value in vars(args).items():
+            if isinstance(value, RecipeWord):
+                setattr(args, name, str(value))  # checkpoints hold plain types
             if value == "":  # an unset variable of the shell; it would pass for a missing flag
                 flag = "DIR" if name == "data" else f"--{name.replace('_', '-')}"
                 self.error(f"{flag} is an empty text")
@@ -105,6 +109,16 @@ class Parser(argparse.ArgumentParser):
 
 class RecipeWord(str):
     """A word that stands in a recipe, not on the command line."""
+
+
+def _warn_of_what_stays(args, recipe_data):
+    """Where DIR is not the recipe's, its other paths may be those of another set: a line each."""
+    for name in ("output_dir", "pretrained"):
+        value = getattr(args, name, None)
+        if isinstance(value, RecipeWord) and os.environ.get("RANK", "0") == "0":
+            flag = f"--{name.replace('_', '-')} {value}"
+            text = f"warning: {flag} is still the recipe's, whose DIR was {recipe_data}"
+            print_line(text, sys.stderr)
 
 
 def _expand(word):

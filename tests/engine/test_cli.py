@@ -298,6 +298,23 @@ def test_dir_on_the_command_line_replaces_a_recipes(parser, tmp_path):
             parser.parse_args(argv)
 
 
+def test_what_stays_of_a_recipe_whose_dir_is_replaced_is_told(parser, tmp_path, capsys):
+    recipe = tmp_path / "recipe.txt"
+    parser.add_argument("--pretrained")
+    recipe.write_text("digits --output-dir runs/digits --pretrained 'runs/a b.pth'")
+    for argv in ([f"@{recipe}"], [f"@{recipe}", "digits"]):
+        args = parser.parse_args(argv)
+        assert type(args.output_dir) is str and capsys.readouterr().err == ""
+    for argv in (["/my/images", f"@{recipe}"], [f"@{recipe}", "/my/images"]):
+        parser.parse_args(argv)
+        assert capsys.readouterr().err == (
+            "warning: --output-dir runs/digits is still the recipe's, whose DIR was digits\n"
+            "warning: --pretrained runs/a b.pth is still the recipe's, whose DIR was digits\n"
+        )
+        parser.parse_args([*argv, "--output-dir", "runs/mine", "--pretrained", "mine.pth"])
+        assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
