@@ -295,9 +295,22 @@ def plot_first_views(run, crop_dataset, num_images=10):
     batches = [crop_dataset.__getitems__(keys)]
     crops, params = next(unpack_batches(batches, run.unreadable, crop_dataset))
     pixel_format = crop_dataset.dataset.pixel_format
+    if pixel_format.value_range is not None:
+        warn_of_value_range(run, crops, pixel_format.value_range)
     x1, x2 = make_views(run.env.to_device(crops), params, pixel_format)
     with contextlib.suppress(OSError):  # a full disk is reported when the run is saved
         plots.plot_views(run.folder, x1, x2, pixel_format)
+
+
+def warn_of_value_range(run, crops, value_range):
+    """Where most pixels of uint8 `crops` are clipped, or all are alike: it is not the files'."""
+    low, high = ((crops == end).float().mean().item() for end in (0, 255))
+    extent = (crops.max().item() - crops.min().item()) / 255
+    flag = "--value-range {:g} {:g}".format(*value_range)
+    if low > 0.9 or high > 0.5:  # the background of sound images may well be 0
+        run.print(f"warning: {100 * (low + high):.0f} % of the pixels lie at an end of {flag}")
+    elif extent < 0.1:
+        run.print(f"warning: the pixels take {100 * extent:.0f} % of {flag}")
 
 
 def check_schedule(args, steps_per_epoch):

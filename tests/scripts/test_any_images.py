@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import main_lincls
 from engine import checkpoint
 from engine.data.decode import PixelFormat
 from engine.plots import plot_views, to_rgb
+from main_moco import warn_of_value_range
 from moco.augmentation import IDENTITY_PARAMS, Param, augment, denormalize, gaussian_blur
 
 RNG = np.random.default_rng(0)
@@ -255,6 +257,30 @@ def test_without_the_package_a_line_says_what_to_install(refusal, tmp_path, monk
 def test_channels_that_files_lack_stop_the_run_in_a_line(refusal, gray, tmp_path):
     argv = (gray, *STEPS, "--in-chans", 6, "--output-dir", tmp_path)
     assert "L pixels, not --in-chans 6" in refusal("main_moco.py", *argv, code=1)
+
+
+def test_a_value_range_that_clips_the_files_is_noticed(succeed, tmp_path):
+    for i in range(16):
+        np.save(tmp_path / f"{i}.npy", np.full((20, 24, 1), 256 + i, np.uint16))
+    argv = (tmp_path, *STEPS, "--in-chans", 1, "--value-range", 0, 255)
+    out = succeed("main_moco.py", *argv, "--output-dir", tmp_path.parent / "run")
+    assert "warning: 100 % of the pixels lie at an end of --value-range 0 255\n" in out
+
+
+@pytest.mark.parametrize(
+    "high, black, warning",
+    [
+        (17, 0, "warning: the pixels take 6 % of --value-range 0 65535"),
+        (256, 0.85, None),  # black background
+        (40, 0, None),  # dark
+        (256, 0.95, "warning: 95 % of the pixels lie at an end of --value-range 0 65535"),
+    ],
+)
+def test_a_value_range_that_is_not_the_files_is_noticed(high, black, warning):
+    crops, lines = torch.randint(0, high, (2, 4, 1, 100, 100), dtype=torch.uint8), []
+    crops[..., : int(100 * black), :] = 0
+    warn_of_value_range(SimpleNamespace(print=lines.append), crops, (0, 65535))
+    assert lines == ([] if warning is None else [warning])
 
 
 @pytest.mark.parametrize("channels", [1, 2, 6])
