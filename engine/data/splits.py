@@ -9,7 +9,7 @@ import torch
 
 from engine.data import folder, hub, named
 from engine.data.decode import RGB
-from engine.data.images import Part
+from engine.data.images import Part, dataset_digest
 from engine.errors import UserError, join_some, printable
 
 
@@ -94,7 +94,8 @@ def load_splits(source, val_source=None, val_hint=""):
 
     val_source: where the latter come from instead; its classes are matched by name. val_hint: for
     the message if there are none.
-    UserError if labels are missing, can't be used, or don't match, and for a single class.
+    UserError if labels are missing, can't be used, or don't match, for a single class, and if
+    val_source has the images to train on.
     """
     train = require_labels(source.train_labelled(), source.path)
     if len(train.class_names) < 2:
@@ -105,8 +106,19 @@ def load_splits(source, val_source=None, val_hint=""):
     else:
         part, name = val_source.val_or_all(), f"--val {val_source.path}"
         val = match_classes(part, train.class_names, name, source.path)
+        if _has_same_images(train, val):
+            raise UserError(
+                f"{name} has the same images as {source.path}: give others to validate on"
+            )
         remarks += (f"validated on {val_source.path}", *val_source.remarks)
     return Splits(train.dataset, val.dataset, train.class_names, (*remarks, *val.remarks))
+
+
+def _has_same_images(part, other):
+    """Whether two Parts hold the same images with the same labels."""
+    if len(part.dataset) != len(other.dataset):  # the usual case, which reads no image
+        return False
+    return dataset_digest(*part[:2]) == dataset_digest(*other[:2])
 
 
 def load_knn_splits(source):

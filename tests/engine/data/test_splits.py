@@ -102,6 +102,15 @@ def test_validation_images_of_another_source():
         load_splits(source(train=val, val=val))
 
 
+def test_images_to_validate_that_are_those_to_train_on_are_refused(image_file, tmp_path):
+    for path in ("flat/a/0.png", "flat/b/0.png", "other/a/0.png", "other/b/1.png"):
+        image_file(path)
+    flat, other = (open_source(f"{tmp_path}/{name}") for name in ("flat", "other"))
+    with pytest.raises(UserError, match=r"--val .*/flat has the same images as .*/flat: give oth"):
+        load_splits(flat, flat)
+    assert len(load_splits(flat, other).val) == 2
+
+
 def test_when_knn_can_be_measured():
     two, one, none = part("ab", ["a", "b"]), part("a", ["a"]), part("a")
     assert load_knn_splits(source(train=two, val=one))[0].num_classes == 2
