@@ -113,8 +113,12 @@ def main(args):
     )
     splits = downstream.load_training_splits(args, config.pixel_format)
     freeze(backbone).to(env.device)
+    model = f"{config.arch}, frozen"
     if args.epochs > 0:  # before kNN, for it refuses a batch size
         sampler = EpochBatchSampler(len(splits.train), args.batch_size, args.seed)
+    else:  # a run prints them itself
+        for name, text in downstream.config_lines(args, model, backbone, splits).items():
+            launch.print_rank0(f"{name:<7} {text}")
     if args.knn:
         print_knn(args, splits, backbone, config, env)
     if args.epochs > 0:
@@ -133,7 +137,7 @@ def print_knn(args, splits, backbone, config, env):
     k_values = sorted({k for k in (10, 20, 100, 200) if k <= len(knn.bank_indices)} | {knn.k})
     unreadable = UnreadableImages(args.max_bad_images)
     for k, accuracy in zip(k_values, knn(backbone, unreadable, k_values)):
-        remark = unreadable.remark(splits.val)
+        remark = f", on {len(splits.val):,} images{unreadable.remark(splits.val)}"
         logged = " (that of the pre-training log)" if k == knn.k else ""
         launch.print_rank0(
             f"kNN     {accuracy:.2f} % with k {k}{logged}, bank {knn.num_read:,}{remark}"

@@ -56,13 +56,14 @@ def print_accuracy(args, classify, splits, config, env):
     launch.print_rank0(f"{text} on {len(splits.val):,} images{remark}")
 
 
-def print_config(args, run, model, backbone, splits, lr):
-    """Prints what this run is; model, lr: the texts of these two lines."""
+def config_lines(args, model, backbone, splits):
+    """Where the numbers come from, by the names of the lines; model: in words."""
     model += ", compiled" if is_compiled(backbone) else ""
     weights = "a random initialization" if args.from_scratch else args.pretrained
-    run.print_config(
-        model=f"{model}, from {weights}",
-        data=f"{args.data}: {splits}",
-        batch=run.loader.batch_sampler,
-        lr=lr,
-    )
+    return dict(model=f"{model}, from {weights}", data=f"{args.data}: {splits}")
+
+
+def print_config(args, run, model, backbone, splits, lr):
+    """Prints what this run is; model, lr: the texts of these two lines."""
+    lines = config_lines(args, model, backbone, splits)
+    run.print_config(**lines, batch=run.loader.batch_sampler, lr=lr)

@@ -169,7 +169,9 @@ def test_official_files_are_read(succeed, tmp_path, image_file, arch):
     argv = (tmp_path / "data", "--img-size", 64, *FP32)
     pre = ("--pretrained", tmp_path / "pre.pth")
     evaluate = ("--pretrained", tmp_path / "linear.pth", "--evaluate")
-    assert "kNN" in succeed("main_lincls.py", *argv, *pre, "--knn", "--epochs", 0)
+    out = succeed("main_lincls.py", *argv, *pre, "--knn", "--epochs", 0)
+    assert f"model   {arch}, frozen, from {pre[1]}\ndata    {argv[0]}: 4 images to train" in out
+    assert out.endswith(", on 4 images\n")
     assert "top-1" in succeed("main_lincls.py", *argv, *evaluate)
     argv += ("--epochs", 1, "--warmup-epochs", 0, "-b", 2)
     tune = ("--lr", 1, "--drop-path", 0, "--output-dir", tmp_path / "tuned")
