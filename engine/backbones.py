@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import vits
 from engine.data.decode import MAX_PIXELS, RGB, PixelFormat
 from engine.errors import UserError, first_line
+from engine.launch import print_rank0
 from moco.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from moco.batchnorm import at_least_fp32
 from vits import VITS, check_patches, size_to_str, to_pair
@@ -64,8 +65,8 @@ def choose_config(options, stated=None, path=None):
 
     options: arch, img_size, patch_size, small_stem, in_chans, mean, std, value_range, max_pixels,
     pos_embed, pool, as the flags of these names; None or missing: not given. stated: by the keys of
-    BackboneConfig.to_dict. UserError where options contradict the file, or mean and std the
-    channels.
+    BackboneConfig.to_dict. Prints which of the file's mean, std and value_range are replaced.
+    UserError where options contradict the file, or mean and std the channels.
     """
     stated = stated or {}
     arch, in_chans = options.get("arch"), options.get("in_chans")
@@ -91,6 +92,11 @@ def choose_config(options, stated=None, path=None):
         low, high = value_range = tuple(value_range)
         if not low < high:
             raise UserError(f"--value-range {low:g} {high:g}: the first must be the lower one")
+    for name in ("mean", "std", "value_range"):
+        new, old = (" ".join(f"{v:g}" for v in d.get(name) or ()) for d in (options, stated))
+        if new and old and new != old:
+            flag = f"--{name.replace('_', '-')}"
+            print_rank0(f"weights {flag} {new} in place of {old}, which {path} states")
     return BackboneConfig(
         arch=chosen["arch"],
         img_size=to_pair(chosen.get("img_size") or default_img_size(chosen["arch"])),

@@ -295,12 +295,17 @@ def test_synchronized_on_cuda_they_keep_their_activations(monkeypatch):
     torch.testing.assert_close(synced(x), expected)
 
 
-def test_options_win_over_what_a_file_states():
+def test_options_win_over_what_a_file_states(capsys):
     stated = dict(arch="vit_nano", img_size=[32, 64], patch_size=8, pool="avg", in_chans=1,
                   mean=[0.2], std=[0.3])  # fmt: skip
     config = choose_config(dict(img_size=16, std=(0.4,), arch=None), stated, "x.pth")
     assert (config.img_size, config.patch_size, config.pool) == ((16, 16), (8, 8), "avg")
     assert config.pixel_format == (1, (0.2,), (0.4,), None, MAX_PIXELS)
+    assert capsys.readouterr().out == "weights --std 0.4 in place of 0.3, which x.pth states\n"
+    stated["value_range"] = [0, 4095]
+    choose_config(dict(mean=(0.2,), value_range=(0.0, 65535.0)), stated, "x.pth")
+    replaced = "weights --value-range 0 65535 in place of 0 4095, which x.pth states\n"
+    assert capsys.readouterr().out == replaced
     assert choose_config(dict(arch="timm/vit_base_patch16_384")).img_size == (384, 384)
     assert choose_config(dict(arch="resnet18", in_chans=2)).pixel_format.mean == (0.449, 0.449)
     for options, words in (
