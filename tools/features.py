@@ -121,9 +121,10 @@ def main(args):
     except KeyboardInterrupt:
         raise UserError("interrupted; the same line again continues", exit_code=130) from None
     launch.barrier()
-    launch.on_rank0(lambda: merge_parts(folder, num_parts, args.out, index_path, index))
+    num_nan = launch.on_rank0(lambda: merge_parts(folder, num_parts, args.out, index_path, index))
     size = " × ".join(map(str, shape))
-    print_rank0(f"{len(dataset):,} × {size} features, {env.precision()}, in {args.out}")
+    text = f"{len(dataset):,} × {size} features, {env.precision()}, in {args.out}"
+    print_rank0(f"{text}, {num_nan:,} of them NaN" if num_nan else text)
 
 
 def select_tokens(model, config, tokens, layer):
@@ -306,15 +307,23 @@ def cant_write(path, error):
 def merge_parts(folder, num_parts, out, index_path, index):
     """All parts → `out` and the index, which may be the same file; `out` is written last.
 
+    Returns how many images have NaN features: those that can't be read.
     UserError for a part that this host does not see, and for a full disk; the parts stay.
     """
     paths = [part_path(folder, number) for number in range(num_parts)]
     wait_for(paths)
     try:
         write_parts(paths, out, index_path, index)
+        num_nan = sum(count_nan(np.load(path)) for path in paths)
     except OSError as error:
         raise cant_write(out, error) from None
     shutil.rmtree(folder)
+    return num_nan
+
+
+def count_nan(features):
+    """Images with a NaN among their features [n, …]."""
+    return int(np.isnan(features).reshape(len(features), -1).any(1).sum())
 
 
 def wait_for(paths):
