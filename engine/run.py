@@ -31,7 +31,7 @@ from engine.errors import (
 )
 from engine.files import atomic_write, exists, lock_folder
 from engine.launch import all_reduce_max, check_same_on_all_ranks, on_rank0, print_rank0
-from engine.log import MetricLogger
+from engine.log import MetricLogger, read_log
 from engine.signals import Interrupted, catch_signals, pending_exit_code
 from engine.spikes import SpikeDetector
 from engine.weights import load_model, num_heads, weights_digest
@@ -243,8 +243,12 @@ class Run:
             on_rank0(lambda: self._lock(stack))
             if not self.resuming:
                 find_checkpoints(self.folder, None)  # another run may have been quicker
-                if is_main():  # the list of a run that was cleared
+                if is_main():  # the files of a run that was cleared, or killed before it saved
                     self.unreadable.path.unlink(missing_ok=True)
+                    log = read_log(self.logger.path)
+                    if log:
+                        text = f"log.jsonl of {log[-1]['step']:,} steps"
+                        self.print(f"no checkpoint in {self.folder}: its {text} is begun anew")
             evaluated = 0 < self.step == self.epoch * self.steps_per_epoch
             stack.callback(self.logger.close)
             self.logger.open(self.step, evaluated)

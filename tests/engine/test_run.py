@@ -88,7 +88,9 @@ def test_what_is_kept_of_a_cleared_run_is_not_overwritten(script, tmp_path):
         assert f"{tmp_path} holds a run: --output-dir starts another" in err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     (tmp_path / f"{checkpoint.LAST}.tmp").touch()  # instead, it was killed in its first save
-    assert script("main_moco.py", *argv, "--resume", "auto")[0] == 0
+    code, out, _ = script("main_moco.py", *argv, "--resume", "auto")
+    begun_anew = f"no checkpoint in {tmp_path}: its log.jsonl of 5 steps is begun anew\n"
+    assert code == 0 and begun_anew in out
     (tmp_path / checkpoint.LAST).unlink()
     code, out, err = script("main_moco.py", *argv, "--epochs", 2, *kept, "--allow-changed-args")
     assert code == 0 and "resumed after step 5" in out, err
