@@ -113,10 +113,10 @@ def main(args):
     )
     splits = downstream.load_training_splits(args, config.pixel_format)
     freeze(backbone).to(env.device)
-    model = f"{config.arch}, frozen"
     if args.epochs > 0:  # before kNN, for it refuses a batch size
         sampler = EpochBatchSampler(len(splits.train), args.batch_size, args.seed)
     else:  # a run prints them itself
+        model = f"{config.arch}, frozen"
         for name, text in downstream.config_lines(args, model, backbone, splits).items():
             launch.print_rank0(f"{name:<7} {text}")
     if args.knn:
