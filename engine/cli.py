@@ -86,8 +86,8 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(extra[0], self._option_string_actions, n=1)
             hint = f", did you mean {near[0]}?" if near else ""
             self.error(f"unrecognized arguments: {' '.join(extra)}{hint}")
-        is_own = not isinstance(getattr(args, "data", None), RecipeWord)  # of the command line
-        if is_own and recipe_data not in (None, args.data):
+        # Not where another recipe's DIR replaced it.
+        if recipe_data and not isinstance(args.data, RecipeWord) and args.data != recipe_data:
             _warn_of_what_stays(args, recipe_data)
         for name, value in vars(args).items():
             if isinstance(value, RecipeWord):

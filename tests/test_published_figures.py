@@ -79,6 +79,28 @@ def test_memory_and_end_to_end_on_a_gpu_are_those_that_were_measured():
     assert f"at most {100 * waiting:.1f} % of the time" in SPEED
 
 
+def spread(runs, key):
+    values = [run[key] for run in runs]
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def test_the_accuracy_beside_other_libraries_is_that_which_was_measured():
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for name, measured in results("peers_accuracy")["results"].items():
+        runs, label = measured["runs"], f"{name} {measured['version'] or ''}".strip()
+        assert f"| {label} | {spread(runs, 'knn')} | {spread(runs, 'linear')} |" in text
+        assert f"| none: the first weights | {spread(runs, 'knn_before')} | |" in text
+
+
+def test_the_accuracy_from_other_weights_is_that_which_was_measured():
+    text = (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
+    starts = dict(random="random_weights", **{"pre-trained on Fashion-MNIST": "fashion_mnist"})
+    for label, name in starts.items():
+        runs = results(f"accuracy_digits_from_{name}")["runs"]
+        row = f"| {label} | {spread(runs, 'knn_before')} | {spread(runs, 'knn_after')} |"
+        assert row in text
+
+
 def test_the_small_sets_of_the_readme_are_those_that_were_measured():
     """Mean, lowest and highest of three seeds."""
     rows = {

@@ -31,7 +31,7 @@ OTHER_FLAGS = {
     *("--shutdown-timeout", "--kill-on-bad-exit", "--shm-size", "--check"),
     *("--multiprocessing-distributed", "--world-size", "--rank", "--dist-url", "--dist-backend"),
     *("--gpu", "--start-epoch"),
-    *("--estimate", "--gib", "--class-map", "--crop-pct"),
+    *("--estimate", "--gib", "--pretrain-only", "--threads", "--runs", "--class-map", "--crop-pct"),
 }
 
 
