@@ -36,7 +36,7 @@ JOBS = {  # name: number of processes, command; CKPT is the checkpoint of the fi
     "fine-tuning per epoch": (1, [*FINETUNE, *PER_EPOCH, "--pretrained", "CKPT"]),
     "fine-tuning per iteration": (1, [*FINETUNE, *PER_ITERATION, "--pretrained", "CKPT"]),
 }
-NOT_COMPARED = ("images_per_s", "data_wait", "epoch")
+NOT_COMPARED = ("images_per_s", "data_wait", "seconds_left", "mfu", "peak_gib", "epoch")
 
 
 def main(args):

@@ -115,8 +115,9 @@ def make_small(name, words, runs):
         device = () if name == "tools/convert" or "curves" in words else CPU
         return [*words, *device, *small_arch(args, img_size=bool(device))]
     flags = [*CPU, *small_arch(args), "--batch-size", 60 if args.data == "digits" else 4]
-    if args.data in PLACES:  # that of a recipe
-        flags.append(PLACES[args.data])
+    if args.data in PLACES:  # that of a recipe, whose paths stay
+        flags += [PLACES[args.data], "--output-dir", args.output_dir]
+        flags += ["--pretrained", args.pretrained] if vars(args).get("pretrained") else []
     if not args.epochs or getattr(args, "evaluate", False):
         return [*words, *flags]
     run = args.output_dir or (name, args.arch, vars(args).get("pretrained"))
