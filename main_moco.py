@@ -149,7 +149,7 @@ def main(args):
 
     with run:
         print_config(args, run, model, source, train, knn_splits, why_no_knn)
-        plot_first_views(run, crop_dataset)
+        launch.on_rank0(lambda: plot_first_views(run, crop_dataset))
         if args.knn_every > 0 and run.step == 0:
             evaluate(run, monitor, model)
         for epoch in range(run.epoch + 1, args.epochs + 1):
@@ -289,8 +289,6 @@ def print_config(args, run, model, source, train, knn_splits, why_no_knn):
 
 def plot_first_views(run, crop_dataset, num_images=10):
     """Images from the whole set, as the first epoch shows them, into views.png."""
-    if not launch.is_main():
-        return
     keys = [(0, int(index)) for index in evenly_spaced(len(crop_dataset), num_images)]
     batches = [crop_dataset.__getitems__(keys)]
     crops, params = next(unpack_batches(batches, run.unreadable, crop_dataset))

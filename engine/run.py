@@ -378,8 +378,11 @@ class Run:
         self.epoch += 1
         self.save(keep_as)
         self.logger.print_epoch(self.epoch, evaluated)
+        on_rank0(self._plot)  # no rank's --timeout passes while matplotlib is imported
+
+    def _plot(self):
         is_last = self.epoch == self.epochs
-        if is_main() and (is_last or time.monotonic() - self.plotted_at > PLOT_SECONDS):
+        if is_last or time.monotonic() - self.plotted_at > PLOT_SECONDS:
             with contextlib.suppress(OSError):  # a full disk is reported when the run is saved
                 plots.plot_curves(self.folder)
             self.plotted_at = time.monotonic()
