@@ -34,14 +34,14 @@ def main():
     parser.add_argument("--data-root", default="data", help="where fashion_mnist is")
     parser.add_argument("--runs", default="runs/peers_accuracy", metavar="DIR")
     args, extra = parser.parse_known_args()
-    quick = "--epochs 1" if args.quick else ""
+    probe_flags = ["--epochs", "1"] if args.quick else []
     if args.quick:
-        extra += [*quick.split(), "--warmup-epochs", "0"]
+        extra += ["--epochs", "1", "--warmup-epochs", "0"]
     results = {name: {"version": version(name), "runs": []} for name in args.methods}
     for seed in args.seeds:
         for name in args.methods:
             folder = Path(args.runs, args.name, f"{name}_seed{seed}").resolve()
-            results[name]["runs"].append(train(folder, args, name, seed, extra, quick.split()))
+            results[name]["runs"].append(train(folder, args, name, seed, extra, probe_flags))
             results[name]["mean"] = mean(results[name]["runs"])
             report.save(args, torch.device("cpu"), results=results)  # what a stopped run has
     report.finish(args, torch.device("cpu"), results=results)

@@ -36,7 +36,6 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **kwargs,
         )
-        self.register("type", None, lambda word: word)  # a RecipeWord stays one at first
         self.may_change = set()
 
     def group(self, title, may_change=False):
@@ -115,10 +114,11 @@ def _warn_of_what_stays(args, recipe_data):
     """Where DIR is not the recipe's, its other paths may be those of another set: a line each."""
     for name in ("output_dir", "pretrained"):
         value = getattr(args, name, None)
-        if isinstance(value, RecipeWord) and os.environ.get("RANK", "0") == "0":
+        if isinstance(value, RecipeWord):
             flag = f"--{name.replace('_', '-')} {value}"
             text = f"warning: {flag} is still the recipe's, whose DIR was {recipe_data}"
-            print_line(text, sys.stderr)
+            if is_first_to_print(text):
+                print_line(text, sys.stderr)
 
 
 def _expand(word):

@@ -71,6 +71,14 @@ def test_another_method_is_trained_in_the_loop_of_main_moco(few_digits, tmp_path
         assert values[0] == values[1] and len(values[0]) == 2
 
 
+@pytest.mark.slow
+def test_the_accuracy_beside_other_libraries_is_measured(tmp_path):
+    flags = "--quick --seeds 0 --methods ours --runs".split()
+    done = finished(1, "benchmarks/peers_accuracy.py", *flags, tmp_path)
+    [run] = json.loads(done.stdout)["results"]["ours"]["runs"]
+    assert run.keys() == {"seed", "knn_before", "knn", "linear"} and run["knn"] > 50
+
+
 def test_the_step_of_another_library_is_measured(tmp_path, monkeypatch):
     views = TensorDataset(*torch.randn(2, 16, 3, 32, 32))
     monkeypatch.setattr(peers.Lightly, "create_dataset", lambda *args: views)
